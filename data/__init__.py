@@ -1,0 +1,1 @@
+"""What flows: tasks, prompts, records. Knows nothing of models; imports no torch."""

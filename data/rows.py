@@ -1,0 +1,135 @@
+"""What a model learns from each example: which target texts, as token ids, with which soft labels. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from data.config import RationalesConfig
+from data.examples import TaskExample
+from data.prompts import Encode, Part, TextFormat
+from data.records import TeacherRecord
+from data.soft_labels import TopK
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """One input with one target."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    is_label: bool
+    """The target counts in the label's loss, else in the rationale's."""
+    soft: TopK | None = None
+    """Soft labels of the first tokens of the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """What one example gives: up to two sequences."""
+
+    id: str
+    sequences: tuple[TrainSequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The texts to learn from one example; None where it has no such loss."""
+
+    label: str | None
+    rationale: str | None
+
+
+def choose(example: TaskExample, record: TeacherRecord | None, rationales: RationalesConfig, targets: Literal["gold", "teacher"]) -> Chosen:
+    """Which texts of an example and its record the student learns.
+
+    `keep` chooses rationales; the label stays, so that arms differ in one thing only, unless `drop_rows` is set. With
+    `targets: teacher` an example without a usable teacher's label is left out whole: arms with and without rationales see the same rows.
+    """
+    usable = record is not None and bool(record.rationale)
+    if record is not None and rationales.keep == "parseable":
+        usable = usable and record.parseable
+    if record is not None and rationales.keep == "agreeing":
+        usable = usable and record.agrees
+    if rationales.drop_rows and not usable:
+        return Chosen(None, None)
+    label = example.label if targets == "gold" else record.label if record is not None and record.parseable else None
+    if targets == "teacher" and label is None:
+        return Chosen(None, None)
+    return Chosen(label, record.rationale if record is not None and usable else None)
+
+
+class RowBuilder:
+    """Turns texts into rows of token ids and counts what it did (`counts`)."""
+
+    def __init__(self, text_format: TextFormat, encode: Encode) -> None:
+        self.format = text_format
+        self.encode = encode
+        names = ("rows", "label_rows", "rationale_rows", "soft_label_rows", "inputs_cut", "labels_cut", "rationales_cut")
+        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
+
+    def student_rows(
+        self,
+        examples: Iterable[TaskExample],
+        records: Mapping[str, TeacherRecord],
+        rationales: RationalesConfig,
+        targets: Literal["gold", "teacher"],
+        *,
+        with_rationales: bool,
+        with_soft_labels: bool,
+    ) -> list[TrainRow]:
+        """Rows of the two tasks: `predict` -> label, `explain` -> rationale.
+
+        Args:
+            examples: what to learn.
+            records: what the teacher wrote, by the example's id.
+            rationales: `keep` and `drop_rows`.
+            targets: whose labels.
+            with_rationales: False for an arm that learns labels only.
+            with_soft_labels: attach the teacher's soft labels where it scored the very tokens of the target.
+        """
+        rows = []
+        for example in examples:
+            record = records.get(example.id)
+            chosen = choose(example, record, rationales, targets)
+            soft = record if with_soft_labels else None
+            sequences = [self._label(example, chosen.label, soft)] if chosen.label is not None else []
+            if chosen.rationale is not None and with_rationales:
+                sequences.append(self._rationale(example, chosen.rationale, soft))
+            if sequences:
+                rows.append(TrainRow(example.id, tuple(sequences)))
+                self.counts["rows"] += 1
+        return rows
+
+    def solution_rows(self, examples: Iterable[TaskExample]) -> list[TrainRow]:
+        """Rows that tune a teacher: `solve` -> gold rationale and label as one target."""
+        rows = []
+        for example in examples:
+            rationale, mark, label = self.format.solution_ids(example.rationale or "", example.label, self.encode)
+            rows.append(TrainRow(example.id, (TrainSequence(self._input("solve", example.input), [*rationale, *mark, *label], True),)))
+            rationale_cut = self.format.rationale_ids(example.rationale or "", self.encode)[1]
+            label_cut = self.format.label_ids(example.label, self.encode)[1]
+            self.counts.update(rows=1, label_rows=1, rationales_cut=int(rationale_cut), labels_cut=int(label_cut))
+        return rows
+
+    def _input(self, part: Part, text: str) -> list[int]:
+        ids, cut = self.format.prompt_ids(part, text, self.encode)
+        self.counts["inputs_cut"] += cut
+        return ids
+
+    def _label(self, example: TaskExample, label: str, record: TeacherRecord | None) -> TrainSequence:
+        ids, cut = self.format.label_ids(label, self.encode)
+        # The teacher scored the gold label: its soft labels are of no use at the tokens of another one.
+        soft = record.label_soft if record is not None and label == example.label else None
+        soft = soft.cut(len(ids)) if soft is not None else None
+        self.counts.update(label_rows=1, labels_cut=int(cut), soft_label_rows=int(soft is not None))
+        return TrainSequence(self._input("predict", example.input), ids, True, soft)
+
+    def _rationale(self, example: TaskExample, rationale: str, record: TeacherRecord | None) -> TrainSequence:
+        ids, cut = self.format.rationale_ids(rationale, self.encode)
+        soft = record.rationale_soft if record is not None else None
+        soft = soft.cut(len(ids) - 1) if soft is not None else None
+        self.counts.update(rationale_rows=1, rationales_cut=int(cut), soft_label_rows=int(soft is not None))
+        return TrainSequence(self._input("explain", example.input), ids, False, soft)

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from data.config import RationalesConfig
+from data.examples import TaskExample
+from data.prompts import TextFormat
+from data.records import TeacherRecord
+from data.rows import Chosen, RowBuilder, TrainRow, choose
+from data.soft_labels import TopK
+
+Targets = Literal["gold", "teacher"]
+
+FORM = TextFormat("encoder_decoder", eos_id=1, pad_id=0, max_input_tokens=64, max_label_tokens=6, max_rationale_tokens=16)
+GOLD = TaskExample("e", "1 + 1?", "two")
+
+
+def encode(text: str) -> list[int]:
+    return [ord(c) + 10 for c in text]
+
+
+def read(ids: list[int]) -> str:
+    return "".join("<e>" if n == 1 else chr(n - 10) for n in ids)
+
+
+def record(
+    name: str = "e", rationale: str = "because", label: str | None = "two", *, parseable: bool = True, agrees: bool = True
+) -> TeacherRecord:
+    return TeacherRecord(name, "train", "", rationale, label, parseable=parseable, agrees=agrees)
+
+
+def soft(tokens: int) -> TopK:
+    return TopK(
+        np.arange(2 * tokens, dtype=np.int32).reshape(tokens, 2), np.full((tokens, 2), -1, np.float32), np.full(tokens, -1, np.float32)
+    )
+
+
+RECORDS = {
+    "none": None,
+    "agreeing": record(),
+    "disagreeing": record(label="three", agrees=False),
+    "unparseable": record(label="???", parseable=False, agrees=False),
+    "without label": record(label=None, parseable=False, agrees=False),
+    "without rationale": record(rationale=""),
+    "without both": record(rationale="", label=None, parseable=False, agrees=False),
+}
+
+# What each record gives: keep -> (rationale is kept). The label is a matter of targets, the row of drop_rows.
+KEPT = {
+    "all": {"agreeing", "disagreeing", "unparseable", "without label"},
+    "parseable": {"agreeing", "disagreeing"},
+    "agreeing": {"agreeing"},
+}
+TEACHER_LABELS = {"agreeing": "two", "disagreeing": "three", "without rationale": "two"}
+TABLE = [case for case in product(RECORDS, KEPT, (False, True), ("gold", "teacher")) if case[1] != "all" or not case[2]]
+
+
+@pytest.mark.parametrize(("name", "keep", "drop_rows", "targets"), TABLE)
+def test_the_whole_truth_table_of_what_is_learnt(name: str, keep: str, drop_rows: bool, targets: Targets) -> None:
+    rationales = RationalesConfig.model_validate({"keep": keep, "drop_rows": drop_rows})
+    label = "two" if targets == "gold" else TEACHER_LABELS.get(name)
+    kept = name in KEPT[keep]
+    expected = Chosen(None, None) if label is None or (drop_rows and not kept) else Chosen(label, "because" if kept else None)
+    assert choose(GOLD, RECORDS[name], rationales, targets) == expected
+
+
+def test_the_truth_table_in_a_few_plain_words() -> None:
+    def chosen(name: str, targets: Targets = "gold", **knobs: object) -> Chosen:
+        return choose(GOLD, RECORDS[name], RationalesConfig.model_validate(knobs), targets)
+
+    assert chosen("none") == Chosen("two", None)
+    assert chosen("disagreeing") == Chosen("two", "because")
+    assert chosen("disagreeing", keep="agreeing") == Chosen("two", None)
+    assert chosen("disagreeing", keep="agreeing", drop_rows=True) == Chosen(None, None)
+    assert chosen("disagreeing", "teacher") == Chosen("three", "because")
+    assert chosen("unparseable", "teacher") == Chosen(None, None)
+    assert chosen("unparseable") == Chosen("two", "because")
+    assert chosen("without rationale", keep="parseable", drop_rows=True) == Chosen(None, None)
+
+
+def test_there_is_no_rationale_without_a_label() -> None:
+    # The first sequence of a row is its label: validation and the arms rely on it.
+    for name, keep, drop_rows, targets in TABLE:
+        found = choose(GOLD, RECORDS[name], RationalesConfig.model_validate({"keep": keep, "drop_rows": drop_rows}), targets)
+        assert found.label is not None or found.rationale is None
+
+
+EXAMPLES = [TaskExample(name, f"input {n}", "two") for n, name in enumerate(RECORDS)]
+BY_ID = {name: dataclasses.replace(r, id=name) for name, r in RECORDS.items() if r is not None}
+
+
+def build(
+    *,
+    rationales: bool = True,
+    soft_labels: bool = False,
+    targets: Targets = "gold",
+    examples: list[TaskExample] = EXAMPLES,
+    **knobs: object,
+) -> tuple[list[TrainRow], dict[str, int]]:
+    builder = RowBuilder(FORM, encode)
+    config = RationalesConfig.model_validate(knobs)
+    rows = builder.student_rows(examples, BY_ID, config, targets, with_rationales=rationales, with_soft_labels=soft_labels)
+    return rows, dict(builder.counts)
+
+
+def test_rows_read_as_the_two_tasks() -> None:
+    rows, _ = build()
+    assert [row.id for row in rows] == list(RECORDS)
+    texts = {row.id: [(read(s.input_ids), read(s.target_ids), s.is_label) for s in row.sequences] for row in rows}
+    assert texts["none"] == [("predict: input 0<e>", "two<e>", True)]
+    assert texts["disagreeing"] == [("predict: input 2<e>", "two<e>", True), ("explain: input 2<e>", "because<e>", False)]
+
+
+def test_what_was_done_is_counted() -> None:
+    none_cut = {"inputs_cut": 0, "labels_cut": 0, "rationales_cut": 0, "soft_label_rows": 0}
+    assert build()[1] == {"rows": 7, "label_rows": 7, "rationale_rows": 4, **none_cut}
+    assert build(keep="agreeing")[1] == {"rows": 7, "label_rows": 7, "rationale_rows": 1, **none_cut}
+    assert build(keep="parseable", drop_rows=True)[1] == {"rows": 2, "label_rows": 2, "rationale_rows": 2, **none_cut}
+    assert build(targets="teacher")[1] == {"rows": 3, "label_rows": 3, "rationale_rows": 2, **none_cut}
+
+
+def test_what_was_cut_is_counted() -> None:
+    builder = RowBuilder(FORM, encode)
+    example = TaskExample("e", "x" * 80, "a long label")
+    rows = builder.student_rows(
+        [example], {"e": record(rationale="r" * 40)}, RationalesConfig(), "gold", with_rationales=True, with_soft_labels=False
+    )
+    assert {name: builder.counts[name] for name in ("inputs_cut", "labels_cut", "rationales_cut")} == {
+        "inputs_cut": 2,
+        "labels_cut": 1,
+        "rationales_cut": 1,
+    }
+    assert [read(s.target_ids) for s in rows[0].sequences] == ["a lon<e>", "r" * 15 + "<e>"]
+
+
+@pytest.mark.parametrize("targets", ["gold", "teacher"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"keep": "agreeing"}, {"keep": "agreeing", "drop_rows": True}, {"keep": "parseable", "drop_rows": True}]
+)
+def test_arms_differ_in_their_rationales_only(knobs: dict[str, object], targets: Targets) -> None:
+    labels_only, _ = build(rationales=False, targets=targets, **knobs)
+    step_by_step, _ = build(rationales=True, targets=targets, **knobs)
+    assert [row.id for row in labels_only] == [row.id for row in step_by_step]
+    assert [row.sequences for row in labels_only] == [row.sequences[:1] for row in step_by_step]
+    assert all(sequence.is_label for row in labels_only for sequence in row.sequences)
+    assert any(len(row.sequences) == 2 for row in step_by_step)
+
+
+def with_soft(
+    label: str, tokens: int, targets: Targets, *, wanted: bool = True, rationale: str = "because"
+) -> tuple[TrainRow, dict[str, int]]:
+    scored = dataclasses.replace(record(label=label, rationale=rationale), label_soft=soft(tokens), rationale_soft=soft(40))
+    builder = RowBuilder(FORM, encode)
+    rows = builder.student_rows([GOLD], {"e": scored}, RationalesConfig(), targets, with_rationales=True, with_soft_labels=wanted)
+    return rows[0], dict(builder.counts)
+
+
+def test_soft_labels_lie_on_the_tokens_that_the_teacher_scored() -> None:
+    row, counts = with_soft("two", 4, "gold")
+    label, rationale = row.sequences
+    assert label.soft is not None
+    assert rationale.soft is not None
+    assert (len(label.soft), len(label.target_ids)) == (4, 4)  # t, w, o and the end
+    assert (len(rationale.soft), len(rationale.target_ids)) == (7, 8)  # the teacher does not end after its rationale
+    assert counts["soft_label_rows"] == 2
+
+
+def test_soft_labels_are_cut_with_their_target() -> None:
+    row, _ = with_soft("two", 9, "gold", rationale="r" * 60)
+    assert [len(s.soft) for s in row.sequences if s.soft is not None] == [4, 15]
+
+
+def test_soft_labels_of_the_gold_label_are_not_put_on_another_one() -> None:
+    gold, _ = with_soft("three", 4, "gold")
+    other, counts = with_soft("three", 4, "teacher")
+    agreeing, _ = with_soft("two", 4, "teacher")
+    assert [row.sequences[0].soft is not None for row in (gold, other, agreeing)] == [True, False, True]
+    assert (read(other.sequences[0].target_ids), counts["soft_label_rows"]) == ("three<e>", 1)
+
+
+def test_an_arm_without_soft_labels_has_none() -> None:
+    row, counts = with_soft("two", 4, "gold", wanted=False)
+    assert ([s.soft for s in row.sequences], counts["soft_label_rows"]) == ([None, None], 0)
+
+
+def test_a_teacher_is_tuned_on_rationale_mark_and_label_as_one_target() -> None:
+    builder = RowBuilder(FORM, encode)
+    examples = [
+        TaskExample("a", "1 + 1?", "2", rationale="one more"),
+        TaskExample("b", "?", "long label", rationale="r" * 40),
+        TaskExample("c", "?", "3"),
+    ]
+    rows = builder.solution_rows(examples)
+    assert [(row.id, read(row.sequences[0].input_ids), read(row.sequences[0].target_ids)) for row in rows] == [
+        ("a", "solve: 1 + 1?<e>", "one more Answer:2<e>"),
+        ("b", "solve: ?<e>", "r" * 15 + " Answer:long <e>"),
+        ("c", "solve: ?<e>", " Answer:3<e>"),
+    ]
+    assert all(len(row.sequences) == 1 and row.sequences[0].is_label for row in rows)
+    counts = {name: value for name, value in builder.counts.items() if value}
+    assert counts == {"rows": 3, "label_rows": 3, "rationales_cut": 1, "labels_cut": 1}
