@@ -1,0 +1,96 @@
+"""Trains tiny models several times in one start of torchrun and writes every run's losses as JSON; `test_training.py` starts it.
+
+    torchrun --nproc-per-node N tests/integration/training_driver.py OUT.json RUN [RUN ...]
+
+A RUN is FAMILY:ZERO_STAGE:MICRO_BATCH_SIZE, such as t5:2:auto.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from data.rows import TrainRow, TrainSequence
+from data.soft_labels import TopK
+from train.config import LossConfig, ScratchModel, StudentConfig, TrackingConfig
+from train.engine import World, start
+from train.models import family_of, load_model
+from train.teacher.score import top_k
+from train.tokenization import text_format, train_tokenizer
+from train.tracking import Tracker, read_log
+from train.trainer import TrainingRun, train_checkpoint
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def rows(vocabulary: int, prompt_end: list[int]) -> list[TrainRow]:
+    """37 rows of very unequal lengths, a third of them without a rationale, half with soft labels."""
+    draw = random.Random(1)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(draw.randint(low, high))]
+
+    made = []
+    for n in range(37):
+        question = ids(2, 20)
+        label = [*ids(1, 4), 1]
+        sequences = [TrainSequence([*question, *prompt_end], label, True, soft(label, vocabulary) if n % 2 else None)]
+        if n % 3:
+            sequences.append(TrainSequence([*question, *prompt_end], [*ids(1, 25), 1], False))
+        made.append(TrainRow(f"row{n}", tuple(sequences)))
+    return made
+
+
+def soft(label: list[int], vocabulary: int) -> TopK:
+    generator = torch.Generator().manual_seed(len(label))
+    return top_k(torch.randn(len(label), vocabulary, generator=generator), torch.tensor(label), 5)
+
+
+def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
+    """One training of 15 steps: 3 epochs of 5 batches of 8, the last batch short."""
+    family, zero_stage, micro = name.split("#")[0].split(":")
+    tokenizer = train_tokenizer(WORDS, 300)
+    model = load_model(ScratchModel(from_scratch=family, d_model=16, layers=2, heads=2, d_ff=32), tokenizer, seed=3, dtype=torch.float32)
+    form = text_format(tokenizer, family_of(model), max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
+    data = rows(len(tokenizer), [1] if family == "t5" else [5])
+    config = StudentConfig.model_validate(
+        {
+            "model": "unused",
+            "epochs": 3,
+            "batch_size": 8,
+            "micro_batch_size": int(micro) if micro != "auto" else "auto",
+            "zero_stage": int(zero_stage),
+            "precision": "fp32",
+            "learning_rate": 3e-3,
+            "weight_decay": 0.1,
+        }
+    )
+    training = TrainingRun(data, data[:11], form, config, LossConfig(label=0.5, rationale=0.5, soft=0.7), 7, folder, name)
+
+    def tracker(step: int) -> Tracker:
+        disabled = TrackingConfig(wandb="disabled")
+        return Tracker(folder, disabled, group="test", job_type="train", settings={}, enabled=world.is_main, from_step=step)
+
+    made = train_checkpoint(model, tokenizer, training, world, tracker, {})
+    if not world.is_main:
+        return []
+    weights = sum(
+        float(p.double().abs().sum()) for p in load_model(str(folder / "model"), tokenizer, seed=0, dtype=torch.float32).parameters()
+    )
+    return [*read_log(folder / "log.jsonl"), {"step": 10**6, "weights": weights, "best_step": made.best_step}]
+
+
+def main() -> None:
+    out, *names = sys.argv[1:]
+    world = start("cpu")
+    found = {name: train_once(name, Path(out).parent / f"{world.size}-{name}", world) for name in names}
+    if world.is_main:
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

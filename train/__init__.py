@@ -1,0 +1,1 @@
+"""What learns: the teacher, the student, the deployed files, and how each is measured."""

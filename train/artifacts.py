@@ -1,0 +1,147 @@
+"""What one stage hands to the next, as JSON beside the files it speaks of. Imports no torch.
+
+`artifact.json` is written last, atomically: a stage folder that holds one is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Family = Literal["encoder_decoder", "decoder_only"]
+ARTIFACT = "artifact.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Base of what stages hand on; `kind` is the class name in the file."""
+
+    def write(self, folder: Path) -> None:
+        """Marks `folder` as done: writes `artifact.json` by rename, after everything else is on disk."""
+        write_json(folder / ARTIFACT, {"kind": type(self).__name__, **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The artifact of a finished stage.
+
+        Raises:
+            RuntimeError: if the stage is not done, or the file holds another kind.
+        """
+        path = folder / ARTIFACT
+        if not path.is_file():
+            raise RuntimeError(f"{folder} has no {ARTIFACT}: that stage has not finished; run it first")
+        try:
+            values = json.loads(path.read_text())
+            if (kind := values.pop("kind")) != cls.__name__:
+                raise RuntimeError(f"{path} holds a {kind}, not a {cls.__name__}: the folder belongs to another stage")
+            return cls(**values)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise RuntimeError(
+                f"{path} cannot be read ({error}): another version wrote it, or it is damaged; delete {folder} and run again"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFiles(Artifact):
+    """The canonical examples of a task: train.jsonl, validation.jsonl, test.jsonl and rejected.jsonl."""
+
+    digest: str
+    """sha256 over the canonical files."""
+    rows: dict[str, int]
+    rejected: dict[str, int]
+    leaked: int = 0
+    """Training rows whose input is also a test row's; they stay in."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Artifact):
+    """A model that plain transformers loads: `model/` in the stage's folder, safetensors and tokenizer."""
+
+    family: Family
+    num_parameters: int
+    weight_bytes: int
+    steps: int
+    best_step: int
+    validation: dict[str, float]
+    counts: dict[str, int]
+    """label_rows, rationale_rows, rows cut for length and the like: what the student really trained on."""
+    max_input_tokens: int
+    max_label_tokens: int
+    max_rationale_tokens: int
+    processes: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Records(Artifact):
+    """What the teacher wrote: Parquet shards with a manifest in the stage's folder."""
+
+    rows: dict[str, int]
+    """Rows of each split."""
+    parseable: dict[str, int]
+    agreeing: dict[str, int]
+    generated_tokens: int = 0
+    record_bytes: int = 0
+    soft_label_tokens: int = 0
+    sharding: str = "recorded"
+    tensor_degree: int = 1
+    processes: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeployedModel(Artifact):
+    """A file that a runtime loads: `model/` in the stage's folder."""
+
+    target: str
+    runtime: str
+    family: Family
+    weight_bytes: int
+    """Bytes of the weights file alone."""
+    total_bytes: int
+    """Bytes of everything a user must copy: weights, configuration, tokenizer."""
+    source_weight_bytes: int
+    """Bytes of the fp32 checkpoint it was made from."""
+    num_parameters: int
+    max_input_tokens: int
+    max_label_tokens: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult(Artifact):
+    """One rung of the ladder on the test split; answers.jsonl beside it has one line an item."""
+
+    rung: str
+    runtime: str
+    """What answered: transformers, ctranslate2, deepspeed, or recorded."""
+    num_items: int
+    num_correct: int
+    num_unparseable: int
+    num_agreeing_with_teacher: int | None
+    num_parameters: int | None
+    weight_bytes: int | None
+    total_bytes: int | None
+    examples_per_second: dict[str, float] | None
+    """By batch size, as text: {"1": ..., "32": ...}; None where nothing was run (recorded teacher)."""
+    peak_memory_bytes: int | None
+    """Peak resident memory of the process that served it (on a GPU: peak device memory)."""
+    device: str
+    load_seconds: float | None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON so that a reader sees the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

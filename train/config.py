@@ -1,0 +1,236 @@
+"""Knobs of teacher, student, deploy and evaluate. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from data.config import RationalesConfig, Section, SoftLabelsConfig
+
+Arm = Literal["labels_only", "step_by_step", "soft_labels", "step_by_step_soft"]
+DeployTarget = Literal["ctranslate2-float32", "ctranslate2-float16", "ctranslate2-int8", "ctranslate2-int8_float16"]
+Sharding = Literal["auto", "replica", "tensor", "zero3"]
+
+
+class ScratchModel(Section):
+    """A model with random weights, and a tokenizer trained on the task's texts (or one that exists)."""
+
+    from_scratch: Literal["t5", "llama"] = Field(description="Architecture: t5 (encoder-decoder) or llama (decoder-only).")
+    d_model: int = Field(128, ge=8, description="Width of the residual stream.")
+    layers: int = Field(2, ge=1, description="Layers (for t5: of the encoder and of the decoder, each).")
+    heads: int = Field(4, ge=1, description="Attention heads; must divide d_model.")
+    d_ff: int | None = Field(None, ge=8, description="Neurons of a feed-forward layer; 4 x d_model where left out.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in training (t5 only).")
+    vocabulary: int | None = Field(
+        None, ge=300, description="Size of the byte-level BPE vocabulary trained on the task's training texts; 512 where left out."
+    )
+    tokenizer: str | None = Field(
+        None, description="Hub id, folder or package:NAME/FILE of an existing tokenizer, in place of a trained one."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"heads is {self.heads}, which does not divide d_model ({self.d_model}): choose a divisor")
+        if self.from_scratch == "llama" and "dropout" in self.model_fields_set:
+            raise ValueError("dropout has no effect on llama: remove it")
+        if self.tokenizer is not None and "vocabulary" in self.model_fields_set:
+            raise ValueError("vocabulary has no effect where tokenizer is given: remove one of them")
+        return self
+
+
+class CutModel(Section):
+    """A student made of some layers of its teacher, with the teacher's tokenizer."""
+
+    cut_from: Literal["teacher"] = Field(description="The model the layers come from.")
+    layers: int | list[int] = Field(
+        description="A number: that many layers, evenly spaced, first and last kept; a list: these layers (0 is the first). "
+        "For t5: of each stack."
+    )
+
+
+def _model_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "name"
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
+    return "cut" if "cut_from" in keys else "scratch" if "from_scratch" in keys else None
+
+
+ModelSource = Annotated[
+    Annotated[str, Tag("name")] | Annotated[ScratchModel, Tag("scratch")] | Annotated[CutModel, Tag("cut")],
+    Discriminator(
+        _model_kind,
+        custom_error_type="model",
+        custom_error_message=(
+            "input should be a hub id, a folder, a .gguf file, package:NAME/FILE, "
+            "{from_scratch: t5 or llama, ...} or {cut_from: teacher, layers: N}"
+        ),
+    ),
+]
+
+
+class TrainingConfig(Section):
+    """Knobs of the one training loop; the teacher's tuning and the student share it."""
+
+    epochs: float = Field(10.0, gt=0.0, description="Passes over the training rows.")
+    batch_size: int = Field(
+        64, ge=1, description="Examples an optimizer step, over all processes; each gives up to two sequences (label, rationale)."
+    )
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Examples a process takes in one forward; auto: the step's share of one process, 32 at most on a GPU.",
+        json_schema_extra={"hashed": False},
+    )
+    learning_rate: float = Field(5e-4, gt=0.0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Learning rate after the warm-up.")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps over which the learning rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of AdamW.")
+    clip_norm: float = Field(1.0, gt=0.0, description="Largest norm of the gradient.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage: what is sharded over the processes.", json_schema_extra={"hashed": False}
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Arithmetic of the model; auto: bf16 on a GPU, fp32 on a CPU.")
+    max_input_tokens: int = Field(512, ge=8, description="Longer inputs are cut on the left, counted in the report.")
+    max_label_tokens: int = Field(32, ge=2, description="Longer labels are cut; also the most tokens an answer may take.")
+    max_rationale_tokens: int = Field(256, ge=2, description="Longer rationales are cut.")
+    validate_every: int | None = Field(None, ge=1, description="Steps between two validations; an epoch where left out.")
+    save_every: int | None = Field(
+        None, ge=1, description="Steps between two resumable checkpoints; an epoch where left out.", json_schema_extra={"hashed": False}
+    )
+
+
+class LossConfig(Section):
+    """total = label x CE_label + rationale x CE_rationale + soft x KL_soft, each a mean over its own target tokens."""
+
+    label: float = Field(0.5, ge=0.0, description="Weight of the label's cross-entropy.")
+    rationale: float = Field(0.5, ge=0.0, description="Weight of the rationale's cross-entropy.")
+    soft: float = Field(0.0, ge=0.0, description="Weight of the divergence from the teacher's soft labels.")
+    divergence: Literal["forward_kl"] = Field("forward_kl", description="Divergence between teacher and student at a soft label.")
+
+    @property
+    def arm(self) -> Arm:
+        """What a student with these weights is called on the ladder."""
+        if self.rationale:
+            return "step_by_step_soft" if self.soft else "step_by_step"
+        return "soft_labels" if self.soft else "labels_only"
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> Self:
+        if self.label + self.rationale + self.soft == 0:
+            raise ValueError("label, rationale and soft are all 0: give at least one a weight")
+        if self.soft == 0 and "divergence" in self.model_fields_set:
+            raise ValueError("divergence has no effect while soft is 0: give soft a weight, or remove divergence")
+        return self
+
+
+class TeacherConfig(Section):
+    """Who teaches: a model that writes now, or records that somebody already has."""
+
+    source: Literal["deepspeed", "recorded"] = Field(
+        description="deepspeed: a live model; recorded: the rows already hold what a teacher wrote."
+    )
+    model: ModelSource | None = Field(
+        None, description="The live teacher: hub id, folder, .gguf file, package:NAME/FILE, or {from_scratch: ...}."
+    )
+    label: str | None = Field(None, description="Template over a row's fields for the recorded teacher's label.")
+    rationale: str | None = Field(None, description="Template over a row's fields for the recorded teacher's rationale.")
+    sharding: Sharding = Field(
+        "auto", description="How the live teacher lies on the devices; auto: the plan decides.", json_schema_extra={"hashed": False}
+    )
+    batch_size: int = Field(32, ge=1, description="Prompts a process generates at once.", json_schema_extra={"hashed": False})
+    tune: TrainingConfig | None = Field(None, description="Tune the live teacher on the task's gold solutions before it writes.")
+    rationales: RationalesConfig = Field(default_factory=RationalesConfig, description="What is asked of the teacher and what is kept.")
+    soft_labels: SoftLabelsConfig | None = Field(None, description="Store the live teacher's distribution at each target token.")
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> Self:
+        live = ("model", "sharding", "batch_size", "tune", "soft_labels")
+        idle = live if self.source == "recorded" else ("label", "rationale")
+        for key in idle:
+            if key in self.model_fields_set and getattr(self, key) is not None:
+                raise ValueError(f"{key} has no effect with source: {self.source}; remove it")
+        if self.source == "recorded":
+            generation = {"examples", "shots", "max_input_tokens", "max_new_tokens"} & self.rationales.model_fields_set
+            if generation:
+                raise ValueError(f"rationales.{min(generation)} has no effect with source: recorded; remove it")
+            if self.label is None or self.rationale is None:
+                raise ValueError("source is recorded but label or rationale is missing: give both as templates over a row's fields")
+            return self
+        if self.model is None:
+            raise ValueError("source is deepspeed but model is missing: give a hub id, a folder, a .gguf file or {from_scratch: ...}")
+        if isinstance(self.model, CutModel):
+            raise ValueError("model is {cut_from: teacher}, but a teacher cannot be cut from itself: name a model")
+        if isinstance(self.model, ScratchModel) and self.tune is None:
+            raise ValueError(
+                "model has random weights and tune is missing: a teacher from scratch must be tuned on the task's gold solutions"
+            )
+        if self.tune is not None and "max_input_tokens" in self.rationales.model_fields_set:
+            raise ValueError("rationales.max_input_tokens has no effect on a tuned teacher: set tune.max_input_tokens, and remove it")
+        if self.tune is not None and self.rationales.examples is not None:
+            raise ValueError(
+                "rationales.examples has no effect on a tuned teacher, which learnt the form of its answer: remove one of them"
+            )
+        return self
+
+
+class StudentConfig(TrainingConfig):
+    """The small model and how it learns."""
+
+    model: ModelSource = Field(
+        description="Hub id, folder, .gguf file, package:NAME/FILE, {from_scratch: ...} or {cut_from: teacher, layers: N}."
+    )
+    loss: LossConfig = Field(default_factory=LossConfig, description="Weights of the loss.")
+    targets: Literal["gold", "teacher"] = Field("gold", description="Labels to learn: the data's own, or the teacher's.")
+    baselines: list[Literal["labels_only", "step_by_step"]] = Field(
+        default_factory=list, description="Arms to train beside the student, the same but for the loss; each is a rung of the ladder."
+    )
+
+    @property
+    def arms(self) -> dict[Arm, LossConfig]:
+        """The loss of every arm in the order of the ladder; the student itself is the last."""
+        losses = {"labels_only": LossConfig(label=1.0, rationale=0.0), "step_by_step": LossConfig(label=0.5, rationale=0.5)}
+        return {**{name: losses[name] for name in self.baselines}, self.loss.arm: self.loss}
+
+    @model_validator(mode="after")
+    def _baselines_differ(self) -> Self:
+        if self.loss.arm in self.baselines:
+            raise ValueError(f"baselines holds {self.loss.arm}, which is what this student's loss already is: remove it, or change loss")
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ValueError("baselines names an arm twice: remove one")
+        return self
+
+
+def _int8() -> list[DeployTarget]:
+    return ["ctranslate2-int8"]
+
+
+class DeployConfig(Section):
+    """The files to ship."""
+
+    targets: list[DeployTarget] = Field(
+        default_factory=_int8,
+        min_length=1,
+        description="Artifacts to make of the student; each is a rung of the ladder.",
+    )
+
+
+class EvaluateConfig(Section):
+    """How a rung is measured on the test split."""
+
+    batch_size: int = Field(
+        32, ge=1, description="Examples answered at once when the test split is scored.", json_schema_extra={"hashed": False}
+    )
+    timed_examples: int = Field(128, ge=1, description="Most examples answered to measure examples/s, at batch 1 and at batch 32 each.")
+
+
+class TrackingConfig(Section):
+    """Where the numbers go besides the JSON lines that are always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto",
+        description="auto: online where you are logged in, else offline (`wandb sync` brings it in later).",
+        json_schema_extra={"hashed": False},
+    )
+    project: str = Field("stepdown", description="W&B project.", json_schema_extra={"hashed": False})
+    entity: str | None = Field(None, description="W&B team or user; your default where left out.", json_schema_extra={"hashed": False})

@@ -1,0 +1,1 @@
+"""Post-training quantization: one artifact for each target runtime."""

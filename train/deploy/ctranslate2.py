@@ -1,0 +1,170 @@
+"""CTranslate2: int8 and float files for encoder-decoder and decoder-only models, and the engine that answers with them.
+
+The only module that imports ctranslate2. Serving needs neither torch nor transformers: tokens come from `tokenizer.json`, the form of
+a prompt from `stepdown.json`. Converting needs both.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import ctranslate2
+from tokenizers import Tokenizer
+
+from data.prompts import FORMAT_FILE, TextFormat
+from train.artifacts import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Compute = Literal["float32", "float16", "int8", "int8_float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+WEIGHTS = "model.bin"
+TOKENIZER = "tokenizer.json"
+_VOCABULARIES = ("shared_vocabulary.json", "vocabulary.json")
+
+
+def convert(model_folder: Path, out: Path, compute: Compute) -> None:
+    """Writes a complete CTranslate2 folder: weights, configuration, vocabulary, tokenizer and `stepdown.json`.
+
+    Args:
+        model_folder: a model of this project (safetensors, tokenizer.json, stepdown.json).
+        out: the folder to make; one that exists is replaced.
+        compute: type of the stored weights; in the int8 ones each row of a matrix has its own scale, and vectors stay in float.
+
+    Raises:
+        ValueError: if the folder is no model of this project, or CTranslate2 has no converter for its architecture.
+    """
+    import torch
+
+    from train.models import load_folder
+
+    if not (model_folder / TOKENIZER).is_file():
+        raise ValueError(f"{model_folder} has no {TOKENIZER}, which the deployed model needs: give the student a fast tokenizer")
+    model, tokenizer, text_format = load_folder(model_folder, dtype=torch.float32)
+    converter = _converter(model_folder, model, tokenizer, text_format)
+    try:
+        converter.convert(str(out), quantization=compute, force=True)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"deploy.targets: CTranslate2 {ctranslate2.__version__} cannot convert a student of model type {model.config.model_type!r} "
+            f"({str(error).splitlines()[0]}); choose a student of a family that it converts, such as t5, llama, mistral, qwen2 or qwen3"
+        ) from error
+    for name in (TOKENIZER, FORMAT_FILE):
+        shutil.copyfile(model_folder / name, out / name)
+
+
+def _converter(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> Any:
+    """CTranslate2's own converter, given our model and tokenizer, with its assumptions corrected where they do not hold."""
+    from ctranslate2.converters import TransformersConverter  # imports torch: not for a process that serves
+
+    class FolderConverter(TransformersConverter):  # type: ignore[misc]
+        def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
+            # Its T5 loader takes tied embeddings for "the output is scaled". transformers 5 ties always and keeps the scaling in a key
+            # of its own; delete this once T5Loader reads `scale_decoder_outputs`.
+            if hasattr(model.config, "scale_decoder_outputs"):
+                model.config.tie_word_embeddings = model.config.scale_decoder_outputs
+            return model
+
+        def load_tokenizer(self, *_: Any, **__: Any) -> PreTrainedTokenizerBase:
+            # It numbers the tokens in a row: where a tokenizer leaves gaps, or the embedding has more rows, each row needs a name.
+            named = tokenizer.get_vocab()
+            unnamed = set(range(model.get_input_embeddings().weight.shape[0])) - set(named.values())
+            tokenizer.get_vocab = lambda: {**named, **{f"<unused_{i}>": i for i in unnamed}}
+            return tokenizer
+
+        def _load(self) -> Any:
+            spec = super()._load()
+            # A tokenizer may lack these tokens, and the engine refuses a null; the padding token is one that no text holds.
+            pad = tokenizer.convert_ids_to_tokens(text_format.pad_id)
+            spec.config.unk_token = spec.config.unk_token or pad
+            spec.config.bos_token = spec.config.bos_token or pad
+            # The tokenizer's idea of an end-of-sequence token may be wrong (SmolLM2's GGUF); ours is what the student learnt.
+            spec.config.eos_token = tokenizer.convert_ids_to_tokens(text_format.eos_id)
+            return spec
+
+    return FolderConverter(str(folder))
+
+
+class Ctranslate2Runtime:
+    """A deployed model, ready to answer; loads without torch and transformers."""
+
+    def __init__(self, folder: Path, *, device: Device = "auto", threads: int = 0) -> None:
+        """Loads the model with the weights as they are stored.
+
+        Args:
+            folder: what `convert` wrote.
+            device: auto takes the GPU where there is one.
+            threads: CPU threads for one batch; 0 leaves it to the engine.
+
+        Raises:
+            ValueError: if the folder is not a deployed model.
+            RuntimeError: if the file is damaged or the device cannot be used.
+        """
+        self.format = TextFormat.load(folder)
+        self.family: Family = self.format.family
+        vocabulary = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
+        if vocabulary is None or not (folder / WEIGHTS).is_file():
+            raise ValueError(f"{folder} is not a CTranslate2 model (it needs {WEIGHTS} and a vocabulary): run deploy")
+        # The engine takes and gives names of tokens: one for each row of the embedding, also those beyond the tokenizer's size.
+        self._tokens: list[str] = json.loads(vocabulary.read_text(encoding="utf-8"))
+        self._ids = {token: i for i, token in enumerate(self._tokens)}
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # a text that spells a special token gives ordinary tokens, as in training
+        engine = ctranslate2.Translator if self.family == "encoder_decoder" else ctranslate2.Generator
+        try:
+            self._engine = engine(str(folder), device=device, intra_threads=threads)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"CTranslate2 cannot load {folder} on device {device!r} ({error}): run deploy again, or choose device cpu"
+            ) from error
+        self.device: str = self._engine.device
+        self.compute_type: str = self._engine.compute_type
+        """What the engine computes in here; it differs from the stored type where the device lacks it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens and outer white space."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations, without the end-of-sequence token.
+
+        Args:
+            prompts: token ids, of any lengths; one batch.
+            max_new_tokens: most tokens an answer may take, the end-of-sequence token among them.
+        """
+        if not prompts:
+            return []
+        batch = [[self._tokens[i] for i in prompt] for prompt in prompts]
+        end = [self._tokens[self.format.eos_id]]
+        if self.family == "decoder_only":
+            results = self._engine.generate_batch(
+                batch, beam_size=1, max_length=max_new_tokens, end_token=end, include_prompt_in_result=False, cache_static_prompt=False
+            )
+            return [list(result.sequences_ids[0]) for result in results]
+        # The engine's defaults would cut long inputs and forbid an empty answer.
+        results = self._engine.translate_batch(
+            batch, beam_size=1, max_decoding_length=max_new_tokens, end_token=end, min_decoding_length=0, max_input_length=0
+        )
+        return [[self._ids[token] for token in result.hypotheses[0]] for result in results]
+
+    def peak_device_bytes(self) -> None:
+        """Nothing: the engine does not tell how much GPU memory it holds."""
+
+    def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> list[float]:
+        """Natural log-probabilities that the model gives to the tokens of `target`, one after the other, after `prompt`."""
+        source, wanted = [[self._tokens[i] for i in ids] for ids in (prompt, target)]
+        if self.family == "decoder_only":
+            return list(self._engine.score_batch([source + wanted], max_input_length=0)[0].log_probs)[-len(wanted) :]
+        return list(self._engine.score_batch([source], [wanted], max_input_length=0)[0].log_probs)[: len(wanted)]

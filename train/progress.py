@@ -1,0 +1,52 @@
+"""One live line a stage on a terminal; a line at each tenth of the work elsewhere. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class StageProgress:
+    """Progress of `total` units of work; silent where not `enabled` (all processes but the main one)."""
+
+    def __init__(self, title: str, total: int, unit: str, *, enabled: bool = True) -> None:
+        self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
+        self.done = 0
+        self._console = Console(file=sys.stderr)
+        self._bar: Progress | None = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.enabled and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task(f"{self.title} ({self.unit})", total=self.total, note="")
+        return self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Counts `amount` units as done; `note` says how it goes."""
+        before, self.done = self.done, self.done + amount
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif self.total and before * 10 // self.total != self.done * 10 // self.total:
+            seconds = time.monotonic() - self._started
+            print(f"{self.title}: {self.done}/{self.total} {self.unit}, {seconds:.0f} s  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()

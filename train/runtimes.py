@@ -1,0 +1,192 @@
+"""What answers: one interface over plain transformers and the engines of deployed files.
+
+Nothing heavy is imported here: a process that serves a deployed file must not pay, in memory, for a framework that its user does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from data.prompts import Part, TextFormat
+from train.artifacts import Family
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+RuntimeKind = Literal["transformers", "ctranslate2"]
+
+
+class Runtime(Protocol):
+    """A loaded model that answers prompts."""
+
+    @property
+    def family(self) -> Family:
+        """Whether it reads its input in an encoder or in front of what it writes."""
+
+    @property
+    def format(self) -> TextFormat:
+        """How the model is called."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu or cuda."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens and outer white space."""
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of one batch of prompts, without the end-of-sequence token."""
+
+    def peak_device_bytes(self) -> int | None:
+        """Most GPU memory held; None on a CPU, or where the engine does not tell."""
+
+
+class TransformersRuntime:
+    """A model folder in plain transformers: `generate`, greedy."""
+
+    def __init__(
+        self, folder: Path, *, device: Device = "auto", dtype: Literal["float32", "bfloat16"] = "float32", threads: int = 0
+    ) -> None:
+        """Loads a model folder of this project.
+
+        Args:
+            folder: safetensors, tokenizer and stepdown.json.
+            device: auto takes the GPU where there is one.
+            dtype: type of weights and arithmetic.
+            threads: CPU threads; 0 leaves it to torch.
+
+        Raises:
+            ValueError: if the folder is not a model of this project.
+            RuntimeError: if device is cuda and there is none.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        from train.models import decode, encoder, load_folder
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("device is cuda, but torch finds no GPU: choose cpu or auto")
+        if threads:
+            torch.set_num_threads(threads)
+        self.device: str = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._model, self._tokenizer, self.format = load_folder(folder, dtype=getattr(torch, dtype))
+        self._model.to(self.device).eval()
+        self.family: Family = self.format.family
+        self.encode = encoder(self._tokenizer)
+        self._decode = decode
+        # A hub model's own generation settings (temperature, penalties) would make this something else than plain greedy decoding.
+        self._model.generation_config = GenerationConfig(
+            eos_token_id=self.format.eos_id,
+            pad_token_id=self.format.pad_id,
+            decoder_start_token_id=getattr(self._model.config, "decoder_start_token_id", None),
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens and outer white space."""
+        return self._decode(self._tokenizer, list(ids))
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations, without the end-of-sequence token.
+
+        Args:
+            prompts: token ids, of any lengths; one batch.
+            max_new_tokens: most tokens an answer may take, the end-of-sequence token among them.
+        """
+        import torch
+
+        if not prompts:
+            return []
+        ids, mask = pad(prompts, self.format.pad_id, left=self.family == "decoder_only")
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False
+            )
+        first = ids.shape[1] if self.family == "decoder_only" else 1
+        return [until(row, self.format.eos_id) for row in output[:, first:].tolist()]
+
+    def peak_device_bytes(self) -> int | None:
+        """Most GPU memory that torch has held; None on a CPU."""
+        import torch
+
+        return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else None
+
+
+def pad(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as one batch of ids and its mask, both int64 [batch, longest].
+
+    The mask follows the lengths: a token whose id is the padding's is still a token.
+    """
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(longest - len(prompt), longest) if left else slice(0, len(prompt))
+        ids[row, place] = torch.tensor(prompt, dtype=ids.dtype)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def until(ids: list[int], eos_id: int) -> list[int]:
+    """The ids before the first end-of-sequence token; all where there is none."""
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+
+
+def model_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of a model folder's weights alone (safetensors, or a deployed model's file), and of all its files."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    weights = sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin"))
+    return weights, sum(path.stat().st_size for path in files)
+
+
+def open_runtime(
+    kind: RuntimeKind, folder: Path, *, device: Device = "auto", dtype: Literal["float32", "bfloat16"] = "float32", threads: int = 0
+) -> Runtime:
+    """Loads a model into the runtime that serves it; only that runtime's libraries are imported.
+
+    Raises:
+        ValueError: if the folder is not what the runtime loads.
+        RuntimeError: if the weights are damaged or the device is missing.
+    """
+    if kind == "transformers":
+        return TransformersRuntime(folder, device=device, dtype=dtype, threads=threads)
+    from train.deploy.ctranslate2 import Ctranslate2Runtime
+
+    return Ctranslate2Runtime(folder, device=device, threads=threads)
+
+
+def answers(
+    runtime: Runtime,
+    inputs: Sequence[str],
+    part: Part,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[str]:
+    """What a model writes for each input, in the order of the inputs.
+
+    Args:
+        runtime: the loaded model.
+        inputs: texts as the task gives them; the prompt is built here.
+        part: what is asked for.
+        batch_size: prompts answered at once; they are sorted by length first, so that little is padding.
+        max_new_tokens: most tokens of one answer.
+        advance: called after each batch with the number of its prompts.
+    """
+    prompts = [runtime.format.prompt_ids(part, text, runtime.encode)[0] for text in inputs]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        for i, ids in zip(batch, runtime.answer([prompts[i] for i in batch], max_new_tokens), strict=True):
+            texts[i] = runtime.decode(ids)
+        advance(len(batch))
+    return texts

@@ -1,0 +1,1 @@
+"""The student learns labels, rationales and soft labels."""

@@ -1,0 +1,1 @@
+"""The teacher writes labels, rationales and soft labels into the record store."""

@@ -1,0 +1,53 @@
+"""Tuning the teacher: the same trainer, on the task's gold solutions (`solve` -> rationale and label in one target)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data.rows import RowBuilder
+from data.tasks import Task
+from train.artifacts import Checkpoint
+from train.config import LossConfig, TeacherConfig
+from train.engine import World
+from train.models import family_of, load_model
+from train.tokenization import encoder, load_tokenizer, text_format
+from train.trainer import OpenTracker, TrainingRun, train_checkpoint
+
+
+def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: int, open_tracker: OpenTracker) -> Checkpoint:
+    """Tunes the teacher; its checkpoint is what the teacher's stage writes with.
+
+    Args:
+        config: the teacher, with `tune`.
+        task: whose training rows have gold solutions (`task.rationale`).
+        folder: of the stage.
+        world: the processes.
+        seed: of initial weights, order and dropout.
+        open_tracker: gives the tracker, from a step.
+
+    Raises:
+        ValueError: if no training row has a gold rationale.
+    """
+    assert config.model is not None
+    assert config.tune is not None
+    if not any(example.rationale for example in task.train):
+        raise ValueError("teacher.tune needs gold solutions, but task.rationale is missing or empty: name the field that holds them")
+    texts = (text for e in task.train for text in (e.input, e.label, e.rationale or ""))
+    tokenizer = load_tokenizer(config.model, texts=texts, folder=None, key="teacher.model")
+    model = load_model(config.model, tokenizer, seed=seed, dtype=torch.float32, key="teacher.model")
+    form = text_format(
+        tokenizer,
+        family_of(model),
+        max_input_tokens=config.tune.max_input_tokens,
+        max_label_tokens=config.tune.max_label_tokens,
+        max_rationale_tokens=config.tune.max_rationale_tokens,
+    )
+    builder = RowBuilder(form, encoder(tokenizer))
+    rows = builder.solution_rows(task.train)
+    validation = RowBuilder(form, encoder(tokenizer)).solution_rows(task.validation)
+    # A solution is one target, so its loss is one mean: the label's.
+    loss = LossConfig(label=1.0, rationale=0.0)
+    training = TrainingRun(rows, validation, form, config.tune, loss, seed, folder, "tune the teacher")
+    return train_checkpoint(model, tokenizer, training, world, open_tracker, builder.counts)
