@@ -1,0 +1,1 @@
+"""What starts: configuration, plan, pipeline, processes, report, command line. Imports no torch."""

@@ -1,0 +1,194 @@
+"""The command line.
+
+stepdown run configs/quickstart.yaml
+stepdown run configs/quickstart.yaml student.epochs=2 name=short
+stepdown predict runs/quickstart "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="stepdown",
+    help="Steps a large language model down to a small deployable one: one YAML file in, a ladder of measured models out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of its keys.")]
+Output = Annotated[str, typer.Option(help="Folder of all runs, for runs given by name.")]
+_show_traceback = False
+
+
+@app.callback()
+def _root(show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False) -> None:
+    global _show_traceback
+    _show_traceback = show_traceback
+
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what a user can mend into one message and exit status 1."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except BrokenPipeError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
+            if _show_traceback:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("stopped; what is done is kept: the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.command()
+@_told
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run the whole pipeline: task, teacher, students, deployed files, ladder, report."""
+    from rich.console import Console
+
+    from launch.config import load_config
+    from launch.local import run_pipeline
+    from launch.rundir import run_folder
+    from launch.summary import report
+
+    console = Console()
+    loaded = load_config(config, overrides or ())
+    finished = run_pipeline(loaded, console)
+    folder = run_folder(loaded)
+    report(folder, console, frozenset(f.stage.name for f in finished if f.skipped))
+    deployed = next(f.stage for f in finished if f.stage.kind == "deploy")
+    console.print(f"to ship: {deployed.folder / 'model'}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f'try it:  stepdown predict {folder} "..."', soft_wrap=True, highlight=False, markup=False)
+
+
+def _until(kind: str, does: str) -> None:
+    def stage(config: ConfigPath, overrides: Overrides = None) -> None:
+        from rich.console import Console
+
+        from launch.config import load_config
+        from launch.local import run_pipeline
+
+        run_pipeline(load_config(config, overrides or ()), Console(), until=kind)
+
+    stage.__doc__ = does
+    app.command(name=kind)(_told(stage))
+
+
+_until("task", "Read and check the task's rows.")
+_until("tune", "Tune the teacher on gold solutions, after `task`.")
+_until("teach", "Have the teacher write its records, after all that it needs.")
+_until("train", "Train the student and its baselines, after all that they need.")
+_until("deploy", "Make the files to ship, after all that they need.")
+_until("evaluate", "Measure every rung on the test split, after all that it needs.")
+
+
+@app.command()
+@_told
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="Plan for this GPU in place of what is here: A100-80, H100, L4, ...")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them on a node.")] = None,
+    params: Annotated[str | None, typer.Option(help="Size of the teacher where the configuration does not tell: 70B, 175B, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how much memory teacher and student need, and how they would be sharded."""
+    from rich.console import Console
+
+    from launch.config import load_config
+    from launch.planning import plan_run, render
+
+    made = plan_run(load_config(config, overrides or ()), gpu=gpu, gpus=gpus, params=params)
+    render(made, Console(), as_json=as_json)
+
+
+@app.command()
+@_told
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")], output: Output = "runs") -> None:
+    """Write the report of a run again and print its ladder."""
+    from rich.console import Console
+
+    from launch.rundir import find_run
+    from launch.summary import report as write_report
+
+    write_report(find_run(run, output), Console())
+
+
+@app.command()
+@_told
+def compare(
+    first: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name, with :RUNG for a rung other than its student.")],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="The run to compare with it.")],
+    output: Output = "runs",
+) -> None:
+    """Compare two runs on the same test items: exact McNemar."""
+    from launch.ladder import compare as paired
+    from launch.rundir import find_rung
+
+    print(paired(find_rung(first, output), find_rung(second, output)))
+
+
+@app.command()
+@_told
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")],
+    text: Annotated[
+        list[str], typer.Argument(help="Inputs as the task's template renders them; `-` reads one a line from standard input.")
+    ],
+    target: Annotated[str | None, typer.Option(help="Which deployed file answers; the first where left out.")] = None,
+    output: Output = "runs",
+) -> None:
+    """Answer with a run's deployed model, one answer a line."""
+    from launch.predict import predict as answer
+    from launch.rundir import find_run
+
+    inputs = [line.rstrip("\n") for line in sys.stdin] if text == ["-"] else text
+    for line in answer(find_run(run, output), inputs, target):
+        print(line)
+
+
+@app.command()
+@_told
+def doctor() -> None:
+    """Check versions, devices, and what each extra needs."""
+    from rich.console import Console
+
+    from launch.doctor import render
+
+    if not render(Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from launch.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

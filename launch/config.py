@@ -1,0 +1,270 @@
+"""The root configuration: loading, overrides, errors that name the key, JSON Schema. Imports no torch.
+
+config = load_config(Path("configs/quickstart.yaml"), ["student.epochs=2"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from data.config import Section, TaskConfig
+from train.config import CutModel, DeployConfig, EvaluateConfig, StudentConfig, TeacherConfig, TrackingConfig
+
+RESOLVED = "config.yaml"
+
+
+class LaunchConfig(Section):
+    """On what the stages run."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs where there are any, else the CPU.", json_schema_extra={"hashed": False}
+    )
+    gpus_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="GPUs to use, a process each; auto: all.", json_schema_extra={"hashed": False}
+    )
+    cpu_processes: int = Field(1, ge=1, description="Processes on a machine without GPUs.", json_schema_extra={"hashed": False})
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> Self:
+        idle = {"cpu": "gpus_per_node", "cuda": "cpu_processes"}.get(self.device)
+        if idle is not None and getattr(self, idle) != type(self).model_fields[idle].default:
+            raise ValueError(f"{idle} has no effect with device: {self.device}; remove it")
+        return self
+
+
+class Config(Section):
+    """One file: a task, a teacher, a student and what to ship."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder: letters, digits, dot, dash, underscore."
+    )
+    output: str = Field(
+        "runs", description="Folder of all runs; runs in one folder share what their teachers wrote.", json_schema_extra={"hashed": False}
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of splits, initial weights, order and dropout.")
+    task: TaskConfig = Field(description="Examples and how answers are compared.")
+    teacher: TeacherConfig = Field(description="Who teaches.")
+    student: StudentConfig = Field(description="The small model.")
+    deploy: DeployConfig = Field(default_factory=lambda: DeployConfig.model_validate({}), description="The files to ship.")
+    evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig.model_validate({}), description="How rungs are measured.")
+    launch: LaunchConfig = Field(default_factory=lambda: LaunchConfig.model_validate({}), description="On what the stages run.")
+    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig.model_validate({}), description="Where the numbers go.")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        loss, rationales = self.student.loss, self.teacher.rationales
+        if self.name == "shared":
+            raise ValueError("name is shared, which is the folder that runs share: choose another")
+        if loss.soft and self.teacher.soft_labels is None:
+            raise ValueError(
+                "student.loss.soft has a weight, but teacher.soft_labels is missing: add it (a recorded teacher has none), or set soft to 0"
+            )
+        if isinstance(self.student.model, CutModel) and self.teacher.source == "recorded":
+            raise ValueError("student.model is {cut_from: teacher}, but a recorded teacher has no layers: name a model")
+        uses_rationales = any(arm.rationale for arm in self.student.arms.values())
+        if rationales.keep != "all" and not rationales.drop_rows and not uses_rationales:
+            raise ValueError("teacher.rationales.keep has no effect while student.loss.rationale is 0: remove it, or add drop_rows: true")
+        if self.task.rationale is not None and self.teacher.tune is None:
+            raise ValueError("task.rationale has no effect without teacher.tune, which learns from it: remove it, or tune the teacher")
+        return self
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Reads words and numbers as YAML 1.2 does and PyYAML does not; refuses a key that stands twice.
+
+    `on`, `off`, `yes`, `no`, 2026-01-31 and 12:00:00 are words, 1e-4 is a number.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping, not a word", key_node.start_mark)
+            if key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes what `_StrictLoader` would not read back as the same text."""
+
+
+def _use_yaml_1_2(*readers: type[yaml.resolver.BaseResolver]) -> None:
+    """The core schema of YAML 1.2, which has no dates, no base 60, and no octal but 0o17.
+
+    Source: YAML 1.2.2, section 10.3.2.
+    """
+    patterns = {
+        "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
+        "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+        "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+        "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+.0123456789"]),
+        "merge": (r"<<", ["<"]),
+    }
+    for reader in readers:
+        reader.yaml_implicit_resolvers = {}
+        for name, (pattern, first) in patterns.items():
+            reader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})\Z"), first)
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_use_yaml_1_2(_StrictLoader, _StrictDumper)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file with `key.sub=value` overrides.
+
+    Args:
+        path: the file.
+        overrides: each `key.sub=value`, the value read as YAML; later ones win.
+
+    Raises:
+        ValueError: for a missing or broken file, an unknown key (the nearest known one is named), a wrong type or value, an idle knob.
+    """
+    if not path.is_file():
+        near = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml"))[:5]) if path.parent.is_dir() else ""
+        raise ValueError(f"configuration {path} does not exist{f'; there are {near}' if near else ''}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"configuration {path} holds {_kind(values)}, not keys with values; see configs/ for examples")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, str(path))
+
+
+def validate(values: Mapping[str, Any], where: str) -> Config:
+    """Checks raw values.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}:\n" + "\n".join(f"  {line}" for line in _messages(error, values))) from error
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML with overrides applied: what was set, no defaults, so that `load_config` gives the same object back."""
+    return yaml.dump(config.model_dump(mode="json", exclude_unset=True), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def hashed(section: BaseModel, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """What of a section changes what a result means: defaults filled in, keys marked `hashed: False` and those in `without` left out."""
+    values = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if name in without or (isinstance(extra, dict) and extra.get("hashed") is False):
+            continue
+        value = getattr(section, name)
+        values[name] = hashed(value) if isinstance(value, BaseModel) else value
+    return values
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the configuration, for editors."""
+    schema = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Stepdown configuration"}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not separator or not all([*parents, last]):
+        raise ValueError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from error
+    at = values
+    for part in parents:
+        inner = at.get(part)
+        if inner is not None and not isinstance(inner, dict):
+            raise ValueError(f"override {override!r}: {part} is {inner!r}, which has no keys below it; override it whole")
+        # A copy: a YAML alias (*name) makes two keys one object, and only the one named here is meant.
+        at[part] = dict(inner or {})
+        at = at[part]
+    at[last] = value
+
+
+def _messages(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """One line a key: a key that may be of several kinds has a fault for each, and they are joined."""
+    lines: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        head, message = _message(dict(fault), values)
+        lines[head] = (
+            f"{lines[head]}, or {message.removeprefix('input should be ')}" if head in lines and message not in lines[head] else message
+        )
+    return [f"{head}{message}" for head, message in lines.items()]
+
+
+def _message(fault: dict[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
+    """The key with what it was, and the bound with the way out."""
+    location = _typed(fault["loc"], values, missing=fault["type"] == "missing")
+    key = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], refused=str(location[-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{key}: ", f"unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{key}: ", "missing; it has no default"
+    if fault["type"] == "model_type":
+        return f"{key}: ", f"is {fault['input']!r}; keys with values belong here: {', '.join(_known_keys(location, refused=''))}"
+    if fault["type"] == "invalid_key":
+        return f"{key}: ", f"unknown key; known keys here: {', '.join(_known_keys(location[:-1], refused=''))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if fault["type"] == "value_error":
+        return f"{key}: " if key else "", message
+    return f"{key}: is {fault['input']!r}; ", message
+
+
+def _typed(location: Sequence[str | int], values: Mapping[str, Any], *, missing: bool) -> list[str | int]:
+    """The part of a fault's location that the user typed, or `missing`ly did not: pydantic adds the names of a union's branches."""
+    typed: list[str | int] = []
+    at: Any = values
+    for part in location[:-1] if missing else location:
+        inner = dict(enumerate(at)) if isinstance(at, list) else at
+        if isinstance(inner, Mapping) and part in inner:
+            at = inner[part]
+            typed.append(part)
+    return [*typed, location[-1]] if missing else typed
+
+
+def _known_keys(location: Sequence[str | int], *, refused: str) -> list[str]:
+    """The keys that the section at a location knows; of several kinds of section, those of the kinds that refuse a key."""
+    classes: list[type[BaseModel]] = [Config]
+    for part in location:
+        classes = [inner for c in classes if part in c.model_fields for inner in _sections(c.model_fields[str(part)].annotation)]
+    return sorted({name for c in classes if refused not in c.model_fields for name in c.model_fields})
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,223 @@
+"""Runs a pipeline on this machine: builds the command lines, and the few lines that run them. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from data.tasks import prepare
+from launch.agent import PARENT
+from launch.config import Config
+from launch.hardware import cpu_count, detect
+from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, stages, task_stage
+from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
+from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
+from train.evaluate import EvalRequest, command
+from train.tracking import Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A stage with what it made, and whether it was done before this command."""
+
+    stage: Stage
+    artifact: Any
+    skipped: bool
+
+
+def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> list[Finished]:
+    """Runs every stage up to the kind `until` that is not done with the same inputs.
+
+    Args:
+        config: of the run.
+        console: where progress is told.
+        until: one of `KINDS`.
+
+    Raises:
+        ValueError: for what the user wrote.
+        RuntimeError: for what the world refused, or a worker that failed (its message stands above).
+    """
+    folder = run_folder(config)
+    finished: list[Finished] = []
+    with locked(folder), writing(folder):
+        # Not before the lock: the workers of a run that is going on read the configuration from there.
+        open_run(config, command_line())
+        _prepare(config, finished)
+        _tell(finished[-1], console)
+        table = stages(config, finished[0].artifact)
+        write_stages(folder, {name: stage.folder for name, stage in table.items()})
+        if not any(stage.kind == until for stage in table.values()):
+            raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
+        wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
+        # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
+        todo = [s for s in wanted if s.place == "worker" and not s.is_done]
+        before = {s.name for s in wanted if s.is_done}
+        if todo:
+            _run_worker(folder, config, [s.name for s in todo])
+        for stage in (s for s in wanted if s.place == "worker"):
+            finished.append(_finished(stage, stage.name in before))
+            _tell(finished[-1], console)
+        for stage in (s for s in wanted if s.place == "process"):
+            if not stage.is_done:
+                _evaluate(stage, config, table)
+            finished.append(_finished(stage, stage.name in before))
+            _tell(finished[-1], console)
+        _track_evaluations([f for f in finished if f.stage.kind == "evaluate" and not f.skipped], config, folder)
+    return finished
+
+
+def worker_command(folder: Path, processes: int, names: Sequence[str]) -> list[str]:
+    """The command line that runs stages under torchrun."""
+    torchrun = ["--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "launch.worker", str(folder), *names]
+
+
+def worker_environment(processes: int, cpus: int) -> dict[str, str]:
+    """The environment of workers: the user's own, and what our processes need."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, cpus // processes)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "LOGLEVEL": "CRITICAL",  # torchrun's own; the agent tells in one line which worker failed
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+        PARENT: str(os.getpid()),
+    }
+
+
+def num_processes(config: Config) -> int:
+    """One process a GPU, or `launch.cpu_processes`.
+
+    Raises:
+        ValueError: if more GPUs are asked for than there are, or a knob of the other device is set.
+    """
+    launch = config.launch
+    gpus = len(detect()) if launch.device != "cpu" else 0
+    if launch.device == "cuda" and not gpus:
+        raise ValueError("launch.device is cuda, but no GPU was found: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set it to cpu")
+    if launch.gpus_per_node != "auto" and launch.gpus_per_node > gpus:
+        raise ValueError(f"launch.gpus_per_node is {launch.gpus_per_node}, but this machine has {gpus}: lower it, or set it to auto")
+    if not gpus:
+        return launch.cpu_processes
+    if "cpu_processes" in launch.model_fields_set:
+        raise ValueError("launch.cpu_processes has no effect on a machine with GPUs: remove it, or set launch.device to cpu")
+    return gpus if launch.gpus_per_node == "auto" else launch.gpus_per_node
+
+
+def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalRequest:
+    """What a process must know to measure a rung."""
+    teach = table[TEACH].folder
+    common: dict[str, Any] = {
+        "rung": stage.detail,
+        "task_folder": str(table[TASK].folder),
+        "metric": config.task.metric,
+        "batch_size": config.evaluate.batch_size,
+        "timed_examples": config.evaluate.timed_examples,
+        "device": config.launch.device,
+        "out_folder": str(stage.folder),
+    }
+    if stage.detail == TEACHER:
+        # Only a teacher that fits one device can be timed by itself.
+        timed = TUNE in table and Records.read(teach).sharding == "replica"
+        tuned = Checkpoint.read(table[TUNE].folder) if timed else None
+        return EvalRequest(
+            **common,
+            runtime="records",
+            records_folder=str(teach),
+            model_folder=str(table[TUNE].folder / "model") if tuned else None,
+            part="solve",
+            max_new_tokens=config.teacher.rationales.max_new_tokens,
+            num_parameters=tuned.num_parameters if tuned else None,
+        )
+    deployed = f"deploy.{stage.detail}" in table
+    made = table[f"deploy.{stage.detail}" if deployed else f"train.{stage.detail}"].folder
+    parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
+    return EvalRequest(
+        **common,
+        runtime="ctranslate2" if deployed else "transformers",
+        records_folder=None,
+        model_folder=str(made / "model"),
+        part="predict",
+        max_new_tokens=config.student.max_label_tokens,
+        teacher_records_folder=str(teach),
+        num_parameters=parameters,
+    )
+
+
+def _prepare(config: Config, finished: list[Finished]) -> None:
+    stage = task_stage(config)
+    skipped = stage.is_done
+    if not skipped:
+        started = time.monotonic()
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        made = prepare(config.task, seed=config.seed, folder=stage.folder)
+        TaskFiles(made.digest, made.rows, made.rejected, made.leaked, time.monotonic() - started).write(stage.folder)
+    finished.append(_finished(stage, skipped))
+
+
+def _finished(stage: Stage, skipped: bool) -> Finished:
+    return Finished(stage, ARTIFACT_OF[stage.kind].read(stage.folder), skipped)
+
+
+def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
+    processes = num_processes(config)
+    status = subprocess.run(
+        worker_command(folder, processes, names), env=worker_environment(processes, cpu_count()), check=False
+    ).returncode
+    if status:
+        raise RuntimeError(f"the worker ended with status {status}; what is done is kept: the same command goes on from there")
+
+
+def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> None:
+    request = stage.folder / "request.json"
+    eval_request(stage, config, table).write(request)
+    status = subprocess.run(command(request), env=worker_environment(1, cpu_count()), check=False).returncode
+    if status:
+        raise RuntimeError(f"{stage.name} ended with status {status}; what is done is kept: the same command goes on from there")
+
+
+def _track_evaluations(evaluated: Sequence[Finished], config: Config, folder: Path) -> None:
+    if not evaluated:
+        return
+    settings = {"config": config.model_dump(mode="json")}
+    with Tracker(folder / "evaluate", config.tracking, group=config.name, job_type="evaluate", settings=settings, enabled=True) as tracker:
+        for step, found in enumerate(evaluated, start=1):
+            result: EvalResult = found.artifact
+            rates = {f"examples_per_second_batch_{size}": rate for size, rate in (result.examples_per_second or {}).items()}
+            values = {"accuracy": result.num_correct / result.num_items, "weight_bytes": result.weight_bytes, **rates}
+            tracker.log(step, {f"{result.rung}/{name}": value for name, value in values.items() if value is not None})
+
+
+def _tell(found: Finished, console: Console) -> None:
+    how = "done before" if found.skipped else f"{found.artifact.seconds:.1f} s"
+    console.print(
+        f"[bold]{found.stage.name}[/bold]: {made(found.artifact)} ({how}) [dim]{escape(str(found.stage.folder))}[/dim]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def made(artifact: Any) -> str:
+    """What a stage made, in a few words."""
+    if isinstance(artifact, TaskFiles):
+        rows = ", ".join(f"{count:,} {split}" for split, count in artifact.rows.items())
+        rejected = sum(artifact.rejected.values())
+        return f"{rows} rows; {rejected:,} rejected"
+    if isinstance(artifact, Records):
+        agreeing = artifact.agreeing["train"] / max(1, artifact.rows["train"])
+        return f"{sum(artifact.rows.values()):,} records, {agreeing:.1%} of the training labels agree with gold"
+    if isinstance(artifact, Checkpoint):
+        validation = f"validation {artifact.validation['exact_match']:.1%} at step {artifact.best_step} of {artifact.steps}"
+        return f"{artifact.num_parameters:,} parameters, {validation}"
+    if isinstance(artifact, DeployedModel):
+        return f"{artifact.weight_bytes:,} bytes, {artifact.weight_bytes / artifact.source_weight_bytes:.1%} of the fp32 file"
+    assert isinstance(artifact, EvalResult)
+    return f"{artifact.num_correct} of {artifact.num_items} right ({artifact.num_correct / artifact.num_items:.1%})"

@@ -1,0 +1,135 @@
+"""The table of stages: what each one reads, and the key that follows from it. Imports no torch.
+
+A stage whose folder holds an artifact is done. Its folder's name ends in a hash of all that it reads - the parts of the configuration
+below and the keys of the stages before it - so that the same inputs are found again and changed ones make a new folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data.tasks import fingerprint
+from launch.config import Config, hashed
+from launch.rundir import SHARED, run_folder
+from train.artifacts import ARTIFACT, Artifact, Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
+
+Place = Literal["here", "worker", "process"]
+"""here: in the command's own process; worker: under torchrun, one start for several stages; process: a fresh process of its own."""
+
+TASK, TUNE, TEACH, TEACHER = "task", "tune", "teach", "teacher"
+ARTIFACT_OF: dict[str, type[Artifact]] = {
+    "task": TaskFiles,
+    "tune": Checkpoint,
+    "teach": Records,
+    "train": Checkpoint,
+    "deploy": DeployedModel,
+    "evaluate": EvalResult,
+}
+"""What a stage of each kind makes."""
+KINDS = tuple(ARTIFACT_OF)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the pipeline, with its own folder."""
+
+    name: str
+    """kind, or kind.detail: train.step_by_step, deploy.ctranslate2-int8, evaluate.teacher."""
+    key: str
+    folder: Path
+    place: Place
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return self.name.partition(".")[0]
+
+    @property
+    def detail(self) -> str:
+        """The arm, target or rung; empty for a stage that is the only one of its kind."""
+        return self.name.partition(".")[2]
+
+    @property
+    def is_done(self) -> bool:
+        """Its artifact is there."""
+        return (self.folder / ARTIFACT).is_file()
+
+
+def task_stage(config: Config) -> Stage:
+    """The first stage; its key covers the bytes of the files it reads.
+
+    Raises:
+        ValueError: if a file is missing or a source is malformed.
+    """
+    return _stage(config, TASK, {"fingerprint": fingerprint(config.task, config.seed)}, "here")
+
+
+def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
+    """All stages of a run, in an order in which each comes after what it reads."""
+    table: dict[str, Stage] = {TASK: task_stage(config)}
+    common = {"seed": config.seed, "task": task.digest}
+    if config.teacher.tune is not None:
+        inputs = {**common, "model": _model(config.teacher.model), "tune": hashed(config.teacher.tune)}
+        table[TUNE] = _stage(config, TUNE, inputs, "worker", shared=True)
+    table[TEACH] = _stage(config, TEACH, {**common, **_teach_inputs(config, table)}, "worker", shared=True)
+    for arm, loss in config.student.arms.items():
+        student = hashed(config.student, without=("model", "loss", "baselines"))
+        chosen = hashed(config.teacher.rationales) if loss.rationale or config.teacher.rationales.drop_rows else {}
+        inputs = {**common, **student, "model": _model(config.student.model), "loss": hashed(loss), "teach": table[TEACH].key}
+        inputs |= {key: chosen[key] for key in ("keep", "drop_rows") if key in chosen}
+        table[f"train.{arm}"] = _stage(config, f"train.{arm}", inputs, "worker")
+    trained = table[f"train.{config.student.loss.arm}"]
+    for target in config.deploy.targets:
+        table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", {"target": target, "train": trained.key}, "worker")
+    for rung, of in _rungs(config).items():
+        inputs = {
+            "task": task.digest,
+            "metric": config.task.metric,
+            **hashed(config.evaluate),
+            "teach": table[TEACH].key,
+            "of": table[of].key,
+        }
+        table[f"evaluate.{rung}"] = _stage(config, f"evaluate.{rung}", inputs, "process")
+    return table
+
+
+def _rungs(config: Config) -> dict[str, str]:
+    """The ladder from top to bottom: rung -> the stage that made what it measures."""
+    arms: dict[str, str] = {arm: f"train.{arm}" for arm in config.student.arms}
+    return {TEACHER: TEACH, **arms, **{target: f"deploy.{target}" for target in config.deploy.targets}}
+
+
+def _teach_inputs(config: Config, table: Mapping[str, Stage]) -> dict[str, Any]:
+    teacher = hashed(config.teacher, without=("model", "tune", "rationales"))
+    rationales = hashed(config.teacher.rationales, without=("keep", "drop_rows", "examples"))
+    examples = config.teacher.rationales.examples
+    written = None if examples is None else _file_hash(Path(examples))
+    tuned = table[TUNE].key if TUNE in table else None
+    judged = {"metric": config.task.metric, "choices": config.task.choices}
+    return {**teacher, "rationales": rationales, "examples": written, "model": _model(config.teacher.model), "tuned": tuned, **judged}
+
+
+def _model(source: Any) -> Any:
+    """What of a model source decides its weights: for a folder or file also the names, sizes and times of what is there."""
+    if not isinstance(source, str):
+        return None if source is None else hashed(source)
+    path = Path(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return {"name": source, "files": [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]}
+
+
+def _file_hash(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"teacher.rationales.examples: {path} does not exist; give a YAML file of few-shot examples")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _stage(config: Config, name: str, inputs: Mapping[str, Any], place: Place, *, shared: bool = False) -> Stage:
+    key = hashlib.sha256(json.dumps({"stage": name, **inputs}, sort_keys=True).encode()).hexdigest()[:12]
+    root = Path(config.output) / SHARED if shared else run_folder(config)
+    return Stage(name, key, root / f"{name}-{key}", place)

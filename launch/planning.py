@@ -1,0 +1,124 @@
+"""`stepdown plan`: the memory of a configuration's teacher and student on this machine, or on GPUs named. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.config import Config
+from launch.hardware import GPUS, DetectedGpu, detect, memory_bytes
+from launch.plan import StudentPlan, TeacherPlan, cpu_teacher_plan, parameters_of, parse_parameters, student_plan, teacher_plan
+from launch.report_html import MISSING, count
+from train.config import CutModel, ModelSource, ScratchModel
+
+_VOCABULARY = 512
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What fits where; None where the configuration does not tell the size without a download."""
+
+    device: str
+    processes: int
+    device_memory_bytes: int | None
+    teacher_parameters: int | None
+    teacher: TeacherPlan | None
+    student_parameters: int | None
+    student: StudentPlan | None
+    zero_stage: int
+    sentence: str
+
+
+def plan_run(config: Config, *, gpu: str | None = None, gpus: int | None = None, params: str | None = None) -> RunPlan:
+    """Plans a configuration.
+
+    Args:
+        config: of the run.
+        gpu: a GPU of the table in place of what is here.
+        gpus: how many on a node; what is here, or 1, where left out.
+        params: the teacher's size, such as 70B, where the configuration does not tell.
+
+    Raises:
+        ValueError: for a GPU that the table does not have, or a size that is not one.
+    """
+    devices = _devices(config, gpu, gpus)
+    processes = len(devices) or config.launch.cpu_processes
+    memory = min(d.memory_bytes for d in devices) if devices else memory_bytes()
+    source = config.teacher.model
+    size = parse_parameters(params) if params is not None else _size(source, None) if source is not None else None
+    teacher = None
+    if size is not None:
+        teacher = teacher_plan(size, devices[0].memory_bytes, len(devices), 1) if devices else cpu_teacher_plan(size, memory, processes)
+    student_size = _size(config.student.model, source)
+    precision = config.student.precision if config.student.precision != "auto" else "bf16" if devices else "fp32"
+    student = student_plan(student_size, config.student.zero_stage, processes, precision) if student_size is not None else None
+    name = devices[0].name if devices else "CPU"
+    sentence = _sentence(config, teacher, student_size, f"{processes} x {name}" if devices else name)
+    return RunPlan(name, processes, memory, size, teacher, student_size, student, config.student.zero_stage, sentence)
+
+
+def render(plan: RunPlan, console: Console, *, as_json: bool) -> None:
+    """Prints a plan as a table and a sentence, or as JSON."""
+    if as_json:
+        print(json.dumps(asdict(plan), indent=2))
+        return
+    memory = _gigabytes(plan.device_memory_bytes) if plan.device_memory_bytes else "unknown"
+    here = f"{plan.processes} x {plan.device}, {memory} each" if plan.device != "CPU" else f"CPU, {memory}, processes: {plan.processes}"
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in ("", "Params", "Weights", "Gradients", "Optimizer", "Total", "Sharding"):
+        table.add_column(column, justify="left" if column in ("", "Sharding") else "right", no_wrap=True)
+    if plan.teacher is not None:
+        weights = _gigabytes(plan.teacher.weight_bytes_per_gpu)
+        table.add_row("teacher", count(plan.teacher_parameters), weights, MISSING, MISSING, weights, plan.teacher.sharding)
+    if plan.student is not None:
+        parts = (plan.student.weight_bytes, plan.student.gradient_bytes, plan.student.optimizer_bytes, plan.student.total_bytes)
+        table.add_row("student", count(plan.student_parameters), *map(_gigabytes, parts), f"ZeRO-{plan.zero_stage}")
+    console.print(f"{here}; bytes a process, without activations", highlight=False, soft_wrap=True)
+    if table.row_count:
+        console.print(table)
+    console.print(plan.sentence, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def _devices(config: Config, gpu: str | None, gpus: int | None) -> list[DetectedGpu]:
+    wanted = config.launch.gpus_per_node if isinstance(config.launch.gpus_per_node, int) else None
+    if gpu is not None:
+        name = gpu.lower().removesuffix("gb")
+        known = [g for g in GPUS if name in (g.name.lower().removesuffix("gb"), g.name.lower().partition("-")[0])]
+        if not known:
+            raise ValueError(f"--gpu is {gpu}, which the table does not have; it has: {', '.join(g.name for g in GPUS)}")
+        return [DetectedGpu(known[-1].name, known[-1].memory_bytes)] * (gpus or wanted or 1)
+    found = detect() if config.launch.device != "cpu" else []
+    if gpus is not None and gpus > len(found):
+        raise ValueError(f"--gpus is {gpus}, but this machine has {len(found)}: name the GPU to plan for with --gpu")
+    return found[: gpus or wanted or len(found)]
+
+
+def _size(model: ModelSource, teacher: ModelSource | None) -> int | None:
+    """Parameters of a model; None where only its files would tell."""
+    scratch = teacher if isinstance(model, CutModel) else model
+    if isinstance(scratch, ScratchModel) and scratch.tokenizer is not None:
+        return None
+    vocabulary = scratch.vocabulary if isinstance(scratch, ScratchModel) else None
+    return parameters_of(model, vocabulary=vocabulary or _VOCABULARY, teacher=teacher)
+
+
+def _sentence(config: Config, plan: TeacherPlan | None, student_size: int | None, place: str) -> str:
+    unknown = "the size of {} is not known before its files are read"
+    student = "" if student_size is not None else f" {unknown.format('student.model').capitalize()}."
+    if plan is None:
+        if config.teacher.source == "recorded":
+            return f"The teacher is recorded: it needs no device.{student}"
+        return f"{unknown.format('teacher.model').capitalize()}: give it with --params, such as --params 70B.{student}"
+    if not plan.fits:
+        return f"The teacher does not fit: {plan.why}.{student}"
+    if place == "CPU":
+        return f"The teacher fits this machine: {plan.why}.{student}"
+    how = {"replica": "a copy on each", "tensor": f"split over {plan.tensor_degree}", "zero3": "sharded by ZeRO-3 over all"}[plan.sharding]
+    return f"The teacher fits {place}, {how}: {plan.why}.{student}"
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"

@@ -1,0 +1,163 @@
+"""What each rank runs: the stages named, one after another, in one start of torch and DeepSpeed.
+
+torchrun --standalone --nproc-per-node 1 -m launch.worker RUN_FOLDER STAGE [STAGE ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from data.tasks import Task, read_task
+from launch.agent import die_with_parent
+from launch.config import RESOLVED, Config, load_config
+from launch.hardware import detect, memory_bytes
+from launch.pipeline import TASK, TEACH, TUNE, Stage, stages, task_stage
+from launch.plan import cpu_teacher_plan, teacher_plan
+from launch.rundir import locked, writing
+from train.artifacts import Artifact, Checkpoint, TaskFiles
+from train.config import Arm, DeployTarget
+from train.tracking import Tracker
+
+if TYPE_CHECKING:
+    from train.engine import World
+
+Sharding = Literal["replica", "tensor", "zero3"]
+
+
+def run_stages(config: Config, names: Sequence[str], world: World) -> None:
+    """Runs stages that are not done; each marks its folder when it is."""
+    table = stages(config, TaskFiles.read(task_stage(config).folder))
+    task = read_task(table[TASK].folder)
+    for name in names:
+        stage = table[name]
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        # Two runs that share a teacher: the second waits, and finds the work done.
+        with locked(stage.folder, patience_seconds=1e9) if world.is_main else nullcontext():
+            world.barrier()
+            done = stage.is_done
+            world.barrier()
+            if done:
+                continue
+            artifact = _run(stage, config, table, task, world)
+            world.barrier()
+            if world.is_main:
+                artifact.write(stage.folder)
+            world.barrier()
+
+
+def _run(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+    if stage.kind == TUNE:
+        from train.teacher import tune
+
+        return tune.run(config.teacher, task, stage.folder, world, seed=config.seed, open_tracker=_tracker(stage, config, world))
+    if stage.kind == TEACH:
+        return _teach(stage, config, table, task, world)
+    if stage.kind == "train":
+        return _train(stage, config, table, task, world)
+    assert stage.kind == "deploy", stage.name
+    return _deploy(stage, config, table, world)
+
+
+def _deploy(stage: Stage, config: Config, table: Mapping[str, Stage], world: World) -> Artifact:
+    """One process converts; the others wait, and fail with it."""
+    from train.deploy import stage as deploy
+
+    trained = table[f"train.{config.student.loss.arm}"].folder
+    artifact: Artifact = Checkpoint.read(trained)
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            with _tracker(stage, config, world)(0) as tracker:
+                made = deploy.run(cast(DeployTarget, stage.detail), Checkpoint.read(trained), trained, stage.folder)
+                tracker.log(1, {"weight_bytes": made.weight_bytes, "total_bytes": made.total_bytes, "seconds": made.seconds})
+            artifact = made
+        except (ValueError, RuntimeError, OSError) as caught:
+            error = caught
+    world.agree(error)
+    return artifact
+
+
+def _sharding(config: Config, tuned: Path | None, world: World) -> Sharding:
+    """`auto` resolved against the devices that are here."""
+    if config.teacher.sharding != "auto" or config.teacher.source == "recorded":
+        return config.teacher.sharding if config.teacher.sharding != "auto" else "replica"
+    if tuned is not None:
+        parameters: int | None = Checkpoint.read(tuned).num_parameters
+    else:
+        from train.models import num_parameters, skeleton
+
+        assert isinstance(config.teacher.model, str)
+        parameters = num_parameters(skeleton(config.teacher.model, "teacher.model"))
+    gpus = detect() if world.device.type == "cuda" else []
+    if parameters is None:
+        return "replica"
+    if gpus:
+        plan = teacher_plan(parameters, min(gpu.memory_bytes for gpu in gpus), world.size, 1)
+    else:
+        plan = cpu_teacher_plan(parameters, memory_bytes(), world.size)
+    if not plan.fits:
+        raise ValueError(f"teacher.model does not fit: {plan.why}")
+    return plan.sharding
+
+
+def _teach(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+    from train.teacher import stage as teach
+
+    tuned = table[TUNE].folder if TUNE in table else None
+    sharding = _sharding(config, tuned, world)
+    inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices, tuned, sharding)
+    with _tracker(stage, config, world)(0) as tracker:
+        made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed)
+        tracker.log(1, {"records": sum(made.rows.values()), "generated_tokens": made.generated_tokens, "seconds": made.seconds})
+    return made
+
+
+def _train(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+    from train.student import stage as student
+
+    live = str(table[TUNE].folder / "model") if TUNE in table else config.teacher.model
+    assert live is None or isinstance(live, str)
+    inputs = student.StudentInputs(task, table[TEACH].folder, config.teacher.rationales, live)
+    loss = config.student.arms[cast(Arm, stage.detail)]
+    tracker = _tracker(stage, config, world)
+    return student.run(
+        config.student, loss, inputs, stage.folder, world, seed=config.seed, title=f"train {stage.detail}", open_tracker=tracker
+    )
+
+
+def _tracker(stage: Stage, config: Config, world: World) -> Callable[[int], Tracker]:
+    def opened(step: int) -> Tracker:
+        settings = {"config": config.model_dump(mode="json"), "key": stage.key, "processes": world.size}
+        return Tracker(
+            stage.folder, config.tracking, group=config.name, job_type=stage.name, settings=settings, enabled=world.is_main, from_step=step
+        )
+
+    return opened
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the stages of the command line; a fault that a user can mend is told in one line, by the first process that met it."""
+    die_with_parent()  # before the imports of torch and DeepSpeed, which take seconds
+    from train.engine import start
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    folder, *names = arguments
+    config = load_config(Path(folder) / RESOLVED)
+    world = start(config.launch.device)
+    try:
+        with writing(Path(folder)):
+            run_stages(config, names, world)
+    except (ValueError, RuntimeError) as error:
+        if world.is_main or not str(error).startswith("stopped because"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""`kill -9` of the whole process group in every stage, then the same command: nothing lost, nothing doubled, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from data.store import read_records
+from launch.rundir import read_stages
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def resumable(kind: str) -> Callable[[Path], bool]:
+    """A training that has saved a checkpoint and not ended."""
+    return lambda runs: any(not (p.parents[1] / "artifact.json").exists() for p in runs.glob(f"*/{kind}-*/state/resume.json"))
+
+
+def begun(pattern: str) -> Callable[[Path], bool]:
+    """A stage's folder that is there without an artifact."""
+    return lambda runs: any(not (p / "artifact.json").exists() for p in runs.glob(pattern))
+
+
+MOMENTS: list[tuple[str, Callable[[Path], bool]]] = [
+    ("task", begun("tiny/task-*")),
+    ("tune", resumable("tune")),
+    ("teach", lambda runs: begun("shared/teach-*")(runs) and any(runs.glob("shared/teach-*/train-000000.parquet"))),
+    ("train.labels_only", resumable("train.labels_only")),
+    ("train.step_by_step_soft", resumable("train.step_by_step_soft")),
+    ("deploy", begun("tiny/deploy.*")),
+    ("evaluate.teacher", begun("tiny/evaluate.teacher-*")),
+    ("evaluate", begun("tiny/evaluate.ctranslate2-int8-*")),
+]
+
+
+def kill_when(start: Start, folder: Path, moment: Callable[[Path], bool]) -> None:
+    process = start(folder, "run", "tiny.yaml")
+    deadline = time.monotonic() + 300
+    while not moment(folder / "runs"):
+        assert process.poll() is None, f"ended before the moment came: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    stages = read_stages(folder / "runs" / "tiny")
+    found = {}
+    for name, path in stages.items():
+        for file in (path / "model").glob("*.safetensors"):
+            found |= {f"{name}/{tensor}": values for tensor, values in load_file(file).items()}
+        for file in (path / "model").glob("model.bin"):
+            found[name] = file.read_bytes()
+    assert len(found) > 20
+    return found
+
+
+def losses(folder: Path) -> dict[str, list[Any]]:
+    """Every line of every training's log."""
+    stages = read_stages(folder / "runs" / "tiny")
+    return {
+        n: [json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()]
+        for n, p in stages.items()
+        if n.startswith(("tune", "train"))
+    }
+
+
+@pytest.mark.timeout(900)
+def test_killed_in_each_stage_it_goes_on_to_the_same_end(finished: Path, tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    for _, moment in MOMENTS:
+        kill_when(start, tmp_path, moment)
+    process = start(tmp_path, "run", "tiny.yaml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+    expected, found = weights(finished), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert value == found[name] if isinstance(value, bytes) else (value == found[name]).all(), name
+    assert losses(tmp_path) == losses(finished)
+    for split, rows in (("train", 300), ("test", 32)):
+        before, after = (read_records(read_stages(f / "runs" / "tiny")["teach"], split) for f in (finished, tmp_path))
+        assert len({r.id for r in after}) == len(after) == rows
+        assert [(r.id, r.text, r.label) for r in after] == [(r.id, r.text, r.label) for r in before]
+    for stage in ("evaluate.teacher", "evaluate.step_by_step_soft", "evaluate.ctranslate2-int8"):
+        answers = [(read_stages(f / "runs" / "tiny")[stage] / "answers.jsonl").read_text() for f in (finished, tmp_path)]
+        assert answers[0] == answers[1]
+    assert "done before" in output and (tmp_path / "runs" / "tiny" / "report.html").is_file()

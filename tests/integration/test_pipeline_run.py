@@ -1,0 +1,120 @@
+"""The tiny pipeline as a user runs it: the ladder, what is skipped, what is shared, and the commands that read a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.rundir import read_stages
+
+Start = Callable[..., subprocess.Popen[str]]
+RUNGS = ["teacher", "labels_only", "step_by_step_soft", "ctranslate2-int8"]
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def output_of(process: subprocess.Popen[str], status: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def test_it_ends_with_the_ladder_and_where_things_are(finished: Path) -> None:
+    output = (finished / "output.txt").read_text()
+    for rung in RUNGS:
+        assert rung in output
+    assert "report: runs/tiny/report.html" in output
+    assert "to ship: runs/tiny/deploy.ctranslate2-int8-" in output
+    assert "Traceback" not in output and "Warning:" not in output.replace("Warning: ", "", 100)
+
+
+def test_the_report_counts_what_was_trained_on(finished: Path) -> None:
+    report = json.loads((finished / "runs" / "tiny" / "report.json").read_text())
+    assert [rung["measured"]["rung"] for rung in report["rungs"]] == RUNGS
+    assert report["trained"]["labels_only"]["counts"]["label_rows"] == 300
+    assert report["trained"]["labels_only"]["counts"]["rationale_rows"] == 0
+    soft = report["trained"]["step_by_step_soft"]["counts"]
+    assert soft["label_rows"] == 300
+    assert 0 < soft["rationale_rows"] <= 300
+    assert soft["soft_label_rows"] >= 300
+    assert report["records"]["rows"] == {"train": 300, "test": 32}
+    for name in ("report.md", "report.html"):
+        assert all(rung in (finished / "runs" / "tiny" / name).read_text() for rung in RUNGS)
+
+
+def test_the_same_command_again_skips_every_stage(folder: Path, start: Start) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*/artifact.json")}
+    output = output_of(start(folder, "run", "tiny.yaml"))
+    assert output.count("(done before)") == len(before)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*/artifact.json")} == before
+
+
+def test_a_changed_key_reruns_from_the_stage_it_touches_and_another_run_shares_the_teacher(folder: Path, start: Start) -> None:
+    output = output_of(start(folder, "run", "tiny.yaml", "name=other", "student.learning_rate=1e-3", "student.baselines=[]"))
+    lines = {
+        line.split(":")[0]: line
+        for line in output.splitlines()
+        if line.startswith(("task", "tune", "teach", "train.", "deploy.", "evaluate."))
+    }
+    assert all("(done before)" in lines[stage] for stage in ("tune", "teach"))
+    assert all(
+        "(done before)" not in lines[stage] for stage in ("train.step_by_step_soft", "deploy.ctranslate2-int8", "evaluate.ctranslate2-int8")
+    )
+    stages = [read_stages(folder / "runs" / name) for name in ("tiny", "other")]
+    assert stages[0]["teach"].resolve() == stages[1]["teach"].resolve()
+    compared = output_of(start(folder, "compare", "tiny", "other"))
+    assert "McNemar" in compared
+
+
+def test_predict_answers_with_the_deployed_model(folder: Path, start: Start) -> None:
+    question = next(iter((read_stages(folder / "runs" / "tiny")["task"] / "test.jsonl").read_text().splitlines()))
+    answers = (read_stages(folder / "runs" / "tiny")["evaluate.ctranslate2-int8"] / "answers.jsonl").read_text().splitlines()
+    output = output_of(start(folder, "predict", "tiny", json.loads(question)["input"]))
+    assert output.rstrip("\n") == json.loads(answers[0])["answer"]
+    assert "has no deployed file" not in output
+    missing = output_of(start(folder, "predict", "tiny", "x", "--target", "gguf-q8_0"), status=1)
+    assert missing == "error: --target is gguf-q8_0, but runs/tiny has ctranslate2-int8\n"
+
+
+def test_a_run_in_use_is_refused(folder: Path, start: Start) -> None:
+    import fcntl
+
+    with (folder / "runs" / "tiny" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        output = output_of(start(folder, "run", "tiny.yaml"), status=1)
+    assert output == "error: runs/tiny is in use by another stepdown process: wait for it to end, or give this run another name\n"
+
+
+def test_what_a_worker_refuses_reaches_the_user_in_one_line(folder: Path, start: Start) -> None:
+    output = output_of(start(folder, "run", "tiny.yaml", "student.model=nowhere/", "name=bad"), status=1)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert errors[0].startswith("error: student.model is 'nowhere/'")
+    assert errors[1].startswith("error: the worker ended with status 1; what is done is kept")
+    assert "Traceback" not in output
+
+
+def test_soft_labels_of_another_vocabulary_are_refused(folder: Path, start: Start) -> None:
+    output = output_of(start(folder, "run", "tiny.yaml", "student.model.vocabulary=320", "student.baselines=[]", "name=bad"), status=1)
+    assert "error: student.loss.soft needs one vocabulary" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_whole_pipeline(tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    output = output_of(start(tmp_path, "run", "tiny.yaml", "launch.cpu_processes=2", "student.zero_stage=2", "teacher.sharding=zero3"))
+    assert "ctranslate2-int8" in output
+    records = json.loads((read_stages(tmp_path / "runs" / "tiny")["teach"] / "artifact.json").read_text())
+    assert (records["sharding"], records["processes"], records["rows"]) == ("zero3", 2, {"train": 300, "test": 32})

