@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import yaml
+
+from data.examples import TaskExample
 
 Part = Literal["predict", "explain", "solve"]
 """What a model is asked for: the label, the rationale, or (a teacher) the rationale and then the label."""
@@ -101,6 +103,15 @@ class TextFormat:
 
 def _ended(ids: list[int], eos_id: int, limit: int) -> tuple[list[int], bool]:
     return [*ids[: limit - 1], eos_id], len(ids) > limit - 1
+
+
+def vocabulary_texts(examples: Iterable[TaskExample]) -> Iterator[str]:
+    """What models of either family read and write of these examples, task words and cues too: texts to train a tokenizer on."""
+    for example in examples:
+        for part, cue in _CUES.items():
+            yield f"{part}: {example.input}\n{cue}"
+        yield f"{example.rationale or ''} {ANSWER_MARK} {example.label}"
+        yield example.label
 
 
 def parse_solution(text: str) -> tuple[str, str | None]:

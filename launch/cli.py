@@ -74,7 +74,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     finished = run_pipeline(loaded, console)
     folder = run_folder(loaded)
     report(folder, console, frozenset(f.stage.name for f in finished if f.skipped))
-    deployed = next(f.stage for f in finished if f.stage.kind == "deploy")
+    deployed = [f.stage for f in finished if f.stage.kind == "deploy"][-1]
     console.print(f"to ship: {deployed.folder / 'model'}", soft_wrap=True, highlight=False, markup=False)
     console.print(f'try it:  stepdown predict {folder} "..."', soft_wrap=True, highlight=False, markup=False)
 
@@ -153,7 +153,7 @@ def predict(
     text: Annotated[
         list[str], typer.Argument(help="Inputs as the task's template renders them; `-` reads one a line from standard input.")
     ],
-    target: Annotated[str | None, typer.Option(help="Which deployed file answers; the first where left out.")] = None,
+    target: Annotated[str | None, typer.Option(help="Which deployed file answers; the last of deploy.targets where left out.")] = None,
     output: Output = "runs",
 ) -> None:
     """Answer with a run's deployed model, one answer a line."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -81,8 +81,10 @@ def worker_command(folder: Path, processes: int, names: Sequence[str]) -> list[s
     return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "launch.worker", str(folder), *names]
 
 
-def worker_environment(processes: int, cpus: int) -> dict[str, str]:
+def worker_environment(processes: int, cpus: int, device: Literal["auto", "cpu", "cuda"] = "auto") -> dict[str, str]:
     """The environment of workers: the user's own, and what our processes need."""
+    # Libraries look for GPUs by themselves: where the CPU is wanted, they must not find one.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {
         "OMP_NUM_THREADS": str(max(1, cpus // processes)),
         "TOKENIZERS_PARALLELISM": "false",
@@ -90,6 +92,7 @@ def worker_environment(processes: int, cpus: int) -> dict[str, str]:
         **os.environ,
         "PYTHONSAFEPATH": "1",
         PARENT: str(os.getpid()),
+        **hidden,
     }
 
 
@@ -170,7 +173,7 @@ def _finished(stage: Stage, skipped: bool) -> Finished:
 def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
     processes = num_processes(config)
     status = subprocess.run(
-        worker_command(folder, processes, names), env=worker_environment(processes, cpu_count()), check=False
+        worker_command(folder, processes, names), env=worker_environment(processes, cpu_count(), config.launch.device), check=False
     ).returncode
     if status:
         raise RuntimeError(f"the worker ended with status {status}; what is done is kept: the same command goes on from there")
@@ -179,7 +182,7 @@ def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
 def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> None:
     request = stage.folder / "request.json"
     eval_request(stage, config, table).write(request)
-    status = subprocess.run(command(request), env=worker_environment(1, cpu_count()), check=False).returncode
+    status = subprocess.run(command(request), env=worker_environment(1, cpu_count(), config.launch.device), check=False).returncode
     if status:
         raise RuntimeError(f"{stage.name} ended with status {status}; what is done is kept: the same command goes on from there")
 

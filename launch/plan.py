@@ -134,7 +134,7 @@ def _scratch_config(model: ScratchModel, vocabulary: int) -> dict[str, Any]:
     neurons = model.d_ff or 4 * model.d_model
     if model.from_scratch == "t5":
         sizes = {"d_model": model.d_model, "d_kv": model.d_model // model.heads, "num_heads": model.heads, "d_ff": neurons}
-        return {"model_type": "t5", **sizes, "num_layers": model.layers, "vocab_size": vocabulary, "feed_forward_proj": "gated-gelu"}
+        return {"model_type": "t5", **sizes, "num_layers": model.layers, "vocab_size": vocabulary, "feed_forward_proj": model.feed_forward}
     sizes = {"hidden_size": model.d_model, "num_attention_heads": model.heads, "intermediate_size": neurons}
     return {"model_type": "llama", **sizes, "num_hidden_layers": model.layers, "vocab_size": vocabulary, "tie_word_embeddings": True}
 

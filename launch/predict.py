@@ -17,7 +17,7 @@ def predict(folder: Path, inputs: Sequence[str], target: str | None) -> list[str
     Args:
         folder: of the run.
         inputs: as the task's template renders them.
-        target: which deployed file; None for the run's first.
+        target: which deployed file; None for the run's last.
 
     Raises:
         ValueError: if the run has no such file, or an input is empty.
@@ -30,7 +30,7 @@ def predict(folder: Path, inputs: Sequence[str], target: str | None) -> list[str
         raise ValueError(f"--target is {target}, but {folder} has {', '.join(done)}")
     if not inputs or any(not text.strip() for text in inputs):
         raise ValueError("an input is empty: give the text to answer, or `-` to read one a line from standard input")
-    made = done[target] if target is not None else next(iter(done.values()))
+    made = done[target] if target is not None else list(done.values())[-1]
     artifact = DeployedModel.read(made)
     runtime = open_runtime(cast(RuntimeKind, artifact.runtime), made / "model", device="auto", dtype="float32", threads=0)
     return answers(runtime, inputs, "predict", batch_size=32, max_new_tokens=artifact.max_label_tokens)

@@ -21,6 +21,9 @@ class ScratchModel(Section):
     layers: int = Field(2, ge=1, description="Layers (for t5: of the encoder and of the decoder, each).")
     heads: int = Field(4, ge=1, description="Attention heads; must divide d_model.")
     d_ff: int | None = Field(None, ge=8, description="Neurons of a feed-forward layer; 4 x d_model where left out.")
+    feed_forward: Literal["gated-gelu", "relu"] = Field(
+        "gated-gelu", description="Feed-forward layers of t5: gated as in v1.1 (three matrices), or relu as in the first (two)."
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in training (t5 only).")
     vocabulary: int | None = Field(
         None, ge=300, description="Size of the byte-level BPE vocabulary trained on the task's training texts; 512 where left out."
@@ -33,8 +36,9 @@ class ScratchModel(Section):
     def _consistent(self) -> Self:
         if self.d_model % self.heads:
             raise ValueError(f"heads is {self.heads}, which does not divide d_model ({self.d_model}): choose a divisor")
-        if self.from_scratch == "llama" and "dropout" in self.model_fields_set:
-            raise ValueError("dropout has no effect on llama: remove it")
+        for key in ("dropout", "feed_forward"):
+            if self.from_scratch == "llama" and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect on llama: remove it")
         if self.tokenizer is not None and "vocabulary" in self.model_fields_set:
             raise ValueError("vocabulary has no effect where tokenizer is given: remove one of them")
         return self

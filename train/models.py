@@ -117,7 +117,7 @@ def _t5_config(source: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> T5Co
         num_decoder_layers=source.layers,
         num_heads=source.heads,
         dropout_rate=source.dropout,
-        feed_forward_proj="gated-gelu",
+        feed_forward_proj=source.feed_forward,
         tie_word_embeddings=True,
         pad_token_id=pad_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,

@@ -1,4 +1,4 @@
-"""One live line a stage on a terminal; a line at each tenth of the work elsewhere. Imports no torch."""
+"""One live line a stage on a terminal; a line at a tenth of the work elsewhere. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_QUIET_SECONDS = 5.0
+"""Where there is no terminal, lines are at least this far apart: work of a few seconds needs none."""
+
 
 class StageProgress:
     """Progress of `total` units of work; silent where not `enabled` (all processes but the main one)."""
@@ -19,7 +22,7 @@ class StageProgress:
         self.done = 0
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.enabled and self._console.is_terminal:
@@ -43,8 +46,9 @@ class StageProgress:
             return
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=note)
-        elif self.total and before * 10 // self.total != self.done * 10 // self.total:
-            seconds = time.monotonic() - self._started
+        elif self.total and before * 10 // self.total != self.done * 10 // self.total and time.monotonic() - self._told > _QUIET_SECONDS:
+            self._told = time.monotonic()
+            seconds = self._told - self._started
             print(f"{self.title}: {self.done}/{self.total} {self.unit}, {seconds:.0f} s  {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

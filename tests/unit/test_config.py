@@ -105,6 +105,11 @@ HUB = "OWNER/teacher"
         ),
         (
             LIVE,
+            {"student.model": {"from_scratch": "llama", "feed_forward": "relu"}},
+            "student.model: feed_forward has no effect on llama: remove it",
+        ),
+        (
+            LIVE,
             {"student.model": {"from_scratch": "t5", "vocabulary": 400, "tokenizer": "some/folder"}},
             "student.model: vocabulary has no effect where tokenizer is given: remove one of them",
         ),

@@ -223,6 +223,18 @@ def test_wandb_hears_how_the_stage_ended(error: Exception | None, code: int, tmp
 # Progress away from a terminal
 
 
+@pytest.fixture
+def no_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.progress._QUIET_SECONDS", -1.0)
+
+
+def test_progress_of_quick_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with StageProgress("train", 40, "steps") as progress:
+        progress.advance(40)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_quiet")
 def test_progress_is_a_line_at_each_tenth_of_the_work(capsys: pytest.CaptureFixture[str]) -> None:
     with StageProgress("train", 40, "steps") as progress:
         for _ in range(40):
@@ -232,6 +244,7 @@ def test_progress_is_a_line_at_each_tenth_of_the_work(capsys: pytest.CaptureFixt
     assert all(line.endswith(" s  loss 0.5") for line in lines)
 
 
+@pytest.mark.usefixtures("no_quiet")
 def test_progress_may_come_in_leaps_or_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
     with StageProgress("teach", 3, "chunks") as progress:
         progress.advance(0)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data.config import RationalesConfig
+from data.prompts import vocabulary_texts
 from data.rows import RowBuilder, TrainRow
 from data.store import read_records
 from data.tasks import Task
@@ -60,8 +61,7 @@ def run(
         ValueError: where no row has a target, or soft labels meet another vocabulary.
     """
     source = config.model
-    texts = (text for e in inputs.task.train for text in (e.input, e.label, e.rationale or ""))
-    tokenizer = load_tokenizer(source, texts=texts, folder=inputs.teacher)
+    tokenizer = load_tokenizer(source, texts=vocabulary_texts(inputs.task.train), folder=inputs.teacher)
     model = load_model(source, tokenizer, seed=seed, dtype=torch.float32, teacher_folder=inputs.teacher, key="student.model")
     if loss.soft:
         assert inputs.teacher is not None, "the configuration asks for soft labels of a live teacher only"

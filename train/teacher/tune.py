@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data.prompts import vocabulary_texts
 from data.rows import RowBuilder
 from data.tasks import Task
 from train.artifacts import Checkpoint
@@ -34,8 +35,7 @@ def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: 
     assert config.tune is not None
     if not any(example.rationale for example in task.train):
         raise ValueError("teacher.tune needs gold solutions, but task.rationale is missing or empty: name the field that holds them")
-    texts = (text for e in task.train for text in (e.input, e.label, e.rationale or ""))
-    tokenizer = load_tokenizer(config.model, texts=texts, folder=None, key="teacher.model")
+    tokenizer = load_tokenizer(config.model, texts=vocabulary_texts(task.train), folder=None, key="teacher.model")
     model = load_model(config.model, tokenizer, seed=seed, dtype=torch.float32, key="teacher.model")
     form = text_format(
         tokenizer,
