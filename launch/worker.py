@@ -143,7 +143,7 @@ def _tracker(stage: Stage, config: Config, world: World) -> Callable[[int], Trac
 def main(arguments: Sequence[str]) -> int:
     """Runs the stages of the command line; a fault that a user can mend is told in one line, by the first process that met it."""
     die_with_parent()  # before the imports of torch and DeepSpeed, which take seconds
-    from train.engine import start
+    from train.engine import start, stop
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     folder, *names = arguments
@@ -156,6 +156,7 @@ def main(arguments: Sequence[str]) -> int:
         if world.is_main or not str(error).startswith("stopped because"):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    stop()
     return 0
 
 

@@ -5,11 +5,11 @@ Every worker is started with torchrun, one process too (DeepSpeed looks for MPI 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +77,12 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     deepspeed = _deepspeed()
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
     return World(distributed.get_rank(), distributed.get_world_size(), target)
+
+
+def stop() -> None:
+    """Leaves the processes that `start` joined."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _deepspeed() -> Any:
@@ -187,7 +193,7 @@ class TrainEngine:
         weights: dict[str, Tensor] = {}
         deepspeed = _deepspeed()
         for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext():
+            with deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext():
                 if self.world.is_main:
                     weights[name] = parameter.detach().to("cpu", copy=True)
         if self.world.is_main:
@@ -268,8 +274,10 @@ def place_for_inference(model: nn.Module, world: World, sharding: Literal["repli
     deepspeed = _deepspeed()
     dtype = next(model.parameters()).dtype
     if sharding == "tensor":
-        engine = deepspeed.init_inference(model, dtype=dtype, tensor_parallel={"tp_size": world.size}, replace_with_kernel_inject=False)
-        return InferenceModel(engine.module, "tensor", 0, 1, world.is_main)
+        with contextlib.redirect_stdout(None):  # AutoTP prints the layers it found
+            engine = deepspeed.init_inference(model, dtype=dtype, tensor_parallel={"tp_size": world.size}, replace_with_kernel_inject=False)
+        # AutoTP leaves embeddings in fp32, T5's relative position bias among them, and attention refuses a bias of another type.
+        return InferenceModel(engine.module.to(dtype), "tensor", 0, 1, world.is_main)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},

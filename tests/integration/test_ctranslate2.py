@@ -73,17 +73,17 @@ def _train(architecture: str, folder: Path) -> Checkpoint:
     batch = _batch(layout, encoder(tokenizer), PAIRS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     order = torch.Generator().manual_seed(0)
-    for step in range(200):
+    for step in range(320):
         rows = torch.randperm(len(PAIRS), generator=order)[:48]
         loss = model(**{name: value[rows] for name, value in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 20, (200 - step) / 80)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 20, (320 - step) / 80)
         optimizer.step()
         optimizer.zero_grad()
     save_model(model.eval(), tokenizer, layout, folder / "model")
     bytes_ = (folder / "model" / "model.safetensors").stat().st_size
-    return Checkpoint(family, num_parameters(model), bytes_, 200, 200, {}, {}, 64, 8, 32)
+    return Checkpoint(family, num_parameters(model), bytes_, 320, 320, {}, {}, 64, 8, 32)
 
 
 def _batch(layout: TextFormat, encode: Any, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
@@ -141,9 +141,9 @@ def test_an_answer_is_cut_at_its_most_tokens_as_in_transformers(student: Student
         TransformersRuntime(student.model(), device="cpu"),
         Ctranslate2Runtime(student.model("ctranslate2-float32"), device="cpu"),
     )
-    prompt = reference.format.prompt_ids("predict", "what is 9 plus 9 ?", reference.encode)[0]
-    whole = deployed.answer([prompt], 8)[0]
-    assert deployed.decode(whole) == "18"
+    prompts = [reference.format.prompt_ids("predict", text, reference.encode)[0] for text, label in PAIRS if len(label) == 2]
+    # Which sums a toy learns is chance; one of those of two digits that it did is cut here.
+    prompt, whole = next((p, w) for p, w in zip(prompts, deployed.answer(prompts, 8), strict=True) if len(deployed.decode(w)) == 2)
     for limit in range(1, 5):
         assert deployed.answer([prompt], limit) == reference.answer([prompt], limit) == [whole[:limit]]
     assert deployed.answer([], 8) == reference.answer([], 8) == []
