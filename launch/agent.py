@@ -9,6 +9,7 @@ a folder that the next command takes for abandoned. Here each generation asks th
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ def die_with_parent() -> None:
 
     A parent that ended before this call sends no signal any more: it is known by its number, which every generation hands down.
     """
+    # Ctrl-C ends it at once and without a traceback: nothing is lost that a kill would not lose.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = os.environ.get(PARENT)
@@ -33,11 +36,15 @@ def die_with_parent() -> None:
 def main(arguments: list[str]) -> int:
     """Runs torchrun; a worker that failed is told in one line, after its own message."""
     die_with_parent()
+    logging.disable()  # torchrun tells of every worker that ends, in its own words; ours stand below
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     try:
         torchrun(arguments)
+    except SignalException:
+        return 130
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -88,7 +88,6 @@ def worker_environment(processes: int, cpus: int, device: Literal["auto", "cpu",
     return {
         "OMP_NUM_THREADS": str(max(1, cpus // processes)),
         "TOKENIZERS_PARALLELISM": "false",
-        "LOGLEVEL": "CRITICAL",  # torchrun's own; the agent tells in one line which worker failed
         **os.environ,
         "PYTHONSAFEPATH": "1",
         PARENT: str(os.getpid()),

@@ -32,7 +32,7 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"from_scratch": "t5", "d_model": 16, "layers": 1, "heads": 2, "d_ff": 32, "vocabulary": 300}
 TINY: dict[str, Any] = {
     "name": "tiny",

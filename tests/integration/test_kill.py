@@ -43,13 +43,17 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def kill_when(start: Start, folder: Path, moment: Callable[[Path], bool]) -> None:
-    process = start(folder, "run", "tiny.yaml")
+def wait_for(process: subprocess.Popen[str], folder: Path, moment: Callable[[Path], bool]) -> None:
     deadline = time.monotonic() + 300
     while not moment(folder / "runs"):
         assert process.poll() is None, f"ended before the moment came: {process.communicate()[0]}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def kill_when(start: Start, folder: Path, moment: Callable[[Path], bool]) -> None:
+    process = start(folder, "run", "tiny.yaml")
+    wait_for(process, folder, moment)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -105,3 +109,36 @@ def test_killed_in_a_stage_it_goes_on_to_the_same_end(
         answers = [(read_stages(f / "runs" / "tiny")[stage] / "answers.jsonl").read_text() for f in (finished, tmp_path)]
         assert answers[0] == answers[1]
     assert "done before" in output and (tmp_path / "runs" / "tiny" / "report.html").is_file()
+
+
+def started_until(start: Start, folder: Path, tiny: dict[str, Any], moment: str) -> subprocess.Popen[str]:
+    """A run of a long tuning that has reached a moment."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    process = start(folder, "run", "tiny.yaml", "teacher.tune.epochs=500")
+    wait_for(process, folder, MOMENTS[moment])
+    return process
+
+
+def test_ctrl_c_ends_it_in_one_line(tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    process = started_until(start, tmp_path, tiny, "tune")
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "stopped; what is done is kept: the same command goes on from there"
+    assert "Traceback" not in output
+
+
+def child_of(pid: int) -> int:
+    """The process that `pid` started."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    process = started_until(start, tmp_path, tiny, "tune")
+    os.kill(child_of(child_of(process.pid)), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-2:] == [
+        "error: worker 0 was ended by SIGKILL (out of memory, or killed by hand)",
+        "error: the worker ended with status 1; what is done is kept: the same command goes on from there",
+    ]

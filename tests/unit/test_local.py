@@ -56,7 +56,7 @@ def test_the_workers_environment_is_the_users_and_what_our_processes_need(monkey
     for name in list(os.environ):
         monkeypatch.delenv(name)
     monkeypatch.setenv("MINE", "kept")
-    ours = {"TOKENIZERS_PARALLELISM": "false", "LOGLEVEL": "CRITICAL", "PYTHONSAFEPATH": "1", "MINE": "kept", PARENT: str(os.getpid())}
+    ours = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1", "MINE": "kept", PARENT: str(os.getpid())}
     assert worker_environment(2, 9) == {**ours, "OMP_NUM_THREADS": "4"}
     assert worker_environment(4, 2)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
