@@ -59,10 +59,10 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
-        todo = [s for s in wanted if s.place == "worker" and not s.is_done]
+        missing = [s for s in wanted if s.place == "worker" and not s.is_done]
         before = {s.name for s in wanted if s.is_done}
-        if todo:
-            _run_worker(folder, config, [s.name for s in todo])
+        if missing:
+            _run_worker(folder, config, [s.name for s in missing])
         for stage in (s for s in wanted if s.place == "worker"):
             finished.append(_finished(stage, stage.name in before))
             _tell(finished[-1], console)

@@ -204,8 +204,11 @@ def test_a_store_that_is_not_complete_is_told_apart(found: list[int], message: s
     assert str(raised.value).endswith("or not in their order: delete the folder and run again")
 
 
-def test_a_complete_store_passes(tmp_path: Path) -> None:
-    check_complete(RECORDS[:3], ["id-0", "id-1", "id-2"], tmp_path)
+def test_a_complete_store_passes_and_one_record_less_does_not(tmp_path: Path) -> None:
+    ids = ["id-0", "id-1", "id-2"]
+    check_complete(RECORDS[:3], ids, tmp_path)
+    with pytest.raises(RuntimeError, match="1 missing"):
+        check_complete(RECORDS[:2], ids, tmp_path)
 
 
 def test_the_manifest_names_every_shard_with_its_hash(tmp_path: Path) -> None:
