@@ -85,16 +85,39 @@ class RationalesConfig(Section):
     """What the teacher is asked for, and which of its rationales the student learns from."""
 
     examples: str | None = Field(
-        None, description="YAML file of few-shot examples (a list of input, rationale, label) that open the prompt."
+        None, description="YAML file of few-shot examples that open the prompt (configs/prompts/ holds some), its path as seen from here."
     )
     shots: int = Field(8, ge=1, description="How many of the few-shot examples to use, in the file's order.")
+    chat: Literal["auto", "never"] = Field(
+        "auto", description="auto: a teacher that was not tuned is asked through its chat template where it has one; never: in plain text."
+    )
     max_input_tokens: int = Field(2048, ge=16, description="Most tokens of a prompt; a longer one loses its earliest examples.")
     max_new_tokens: int = Field(128, ge=1, description="Most tokens the teacher writes for one example.")
+    samples: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Answers drawn for each example; the majority's label and its first rationale are kept (self-consistency).",
+    )
+    temperature: float | None = Field(
+        None, ge=0.0, le=10.0, description="Sampling temperature; 0 is greedy. Where left out: 0 for one sample, 0.7 for several."
+    )
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Sample from the most probable tokens that hold this share of the mass.")
+    rationalize: bool = Field(
+        False, description="Ask again, the gold label given as a hint, where the teacher's label was wrong or missing (STaR)."
+    )
     keep: Literal["all", "agreeing", "parseable"] = Field(
         "all",
         description="Rationales to train on: all, those whose label is the gold one (agreeing), those with a usable label (parseable).",
     )
     drop_rows: bool = Field(False, description="Drop the whole row, label too, where `keep` leaves its rationale out.")
+
+    @property
+    def sampling_temperature(self) -> float:
+        """`temperature`, resolved where it was left out."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.samples == 1 else 0.7
 
     @model_validator(mode="after")
     def _no_idle_knobs(self) -> Self:
@@ -102,12 +125,49 @@ class RationalesConfig(Section):
             raise ValueError("shots has no effect without examples: name a YAML file of few-shot examples, or remove shots")
         if self.drop_rows and self.keep == "all":
             raise ValueError("drop_rows has no effect with keep: all; set keep to agreeing or parseable, or remove drop_rows")
+        if self.sampling_temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples is {self.samples} at temperature 0, which gives the same answer each time: raise temperature")
+        if self.sampling_temperature == 0 and "top_p" in self.model_fields_set:
+            raise ValueError("top_p has no effect on greedy decoding: set temperature above 0, or remove top_p")
         return self
 
 
 class SoftLabelsConfig(Section):
-    """The teacher's distribution over the vocabulary, stored for the student's soft-label loss."""
+    """What of the teacher's uncertainty is stored for the student's soft-label loss."""
 
-    on: Literal["label", "rationale", "both"] = Field("label", description="Target tokens that get a soft label.")
-    format: Literal["top_k"] = Field("top_k", description="top_k: the k largest probabilities and the missing mass.")
-    k: int = Field(32, ge=1, description="Probabilities stored for each token.")
+    on: Literal["label", "rationale", "both"] = Field(
+        "label", description="Target tokens that get a soft label (formats top_k and sampled)."
+    )
+    format: Literal["top_k", "sampled", "choices", "answers"] = Field(
+        "top_k",
+        description="top_k: the k largest probabilities of each token and the missing mass; sampled: tokens drawn from each distribution "
+        "(unbiased, a quarter of the bytes); choices: probabilities of the answer choices; answers: how often each answer was sampled. "
+        "The last two need no shared vocabulary.",
+    )
+    k: int = Field(32, ge=1, description="Probabilities stored for each token (top_k).")
+    draws: int = Field(50, ge=1, le=4096, description="Tokens drawn at each position (sampled).")
+    temperature: float = Field(
+        1.0, gt=0.0, le=10.0, description="Temperature of the distribution drawn from, and of the student's against it (sampled)."
+    )
+    likelihood: Literal["sum", "mean"] = Field(
+        "sum", description="Log-likelihood of a choice before the softmax: summed over its tokens, or their mean (choices)."
+    )
+
+    @property
+    def on_tokens(self) -> bool:
+        """Stored token by token, so that teacher and student must share a vocabulary."""
+        return self.format in ("top_k", "sampled")
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> Self:
+        owners = {
+            "k": ("top_k",),
+            "draws": ("sampled",),
+            "temperature": ("sampled",),
+            "likelihood": ("choices",),
+            "on": ("top_k", "sampled"),
+        }
+        for key, formats in owners.items():
+            if key in self.model_fields_set and self.format not in formats:
+                raise ValueError(f"{key} has no effect with format: {self.format}; remove it, or set format to {' or '.join(formats)}")
+        return self

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from data.soft_labels import SOFT_LABEL_FIELDS, TopK
+from data.soft_labels import AnswerDistribution, SoftLabels
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,15 @@ class TeacherRecord:
     agrees: bool
     """The label is the gold one, as the task's metric compares."""
     generated_tokens: int = 0
-    label_soft: TopK | None = None
+    votes: int = 1
+    """How many of the teacher's samples gave this label (self-consistency)."""
+    rationalized: bool = False
+    """The rationale was written with the gold label as a hint (STaR); `label` is what the teacher said then."""
+    answers: AnswerDistribution | None = None
+    """Probabilities of whole answers (soft-label formats choices and answers)."""
+    label_soft: SoftLabels | None = None
     """Soft labels of the label's tokens and its end-of-sequence token."""
-    rationale_soft: TopK | None = None
+    rationale_soft: SoftLabels | None = None
     """Soft labels of the rationale's tokens; none of the end-of-sequence token after them, as the teacher goes on with the label there."""
 
 
@@ -43,7 +49,10 @@ SCHEMA = pa.schema(
         pa.field("parseable", pa.bool_(), nullable=False),
         pa.field("agrees", pa.bool_(), nullable=False),
         pa.field("generated_tokens", pa.int32(), nullable=False),
-        pa.field("label_soft", SOFT_LABEL_FIELDS),
-        pa.field("rationale_soft", SOFT_LABEL_FIELDS),
+        pa.field("votes", pa.int16(), nullable=False),
+        pa.field("rationalized", pa.bool_(), nullable=False),
+        pa.field("answers", pa.list_(pa.struct([pa.field("answer", pa.string()), pa.field("probability", pa.float32())]))),
+        pa.field("label_soft", pa.binary()),
+        pa.field("rationale_soft", pa.binary()),
     ]
 )

@@ -1,21 +1,11 @@
-"""Codecs of the teacher's distributions: how soft labels lie in memory and in Parquet. Imports no torch."""
+"""The teacher's distributions as they lie in memory; data/packing.py makes bytes of them. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-
-SOFT_LABEL_FIELDS = pa.struct(
-    [
-        pa.field("ids", pa.list_(pa.int32())),
-        pa.field("log_probs", pa.list_(pa.float32())),
-        pa.field("target_log_probs", pa.list_(pa.float32())),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +33,71 @@ class TopK:
         """The soft labels of the first `length` tokens."""
         return TopK(self.ids[:length], self.log_probs[:length], self.target_log_probs[:length])
 
-    def to_arrow(self) -> dict[str, Any]:
-        """A value of the Arrow struct `SOFT_LABEL_FIELDS`."""
-        return {"ids": self.ids.ravel(), "log_probs": self.log_probs.ravel(), "target_log_probs": self.target_log_probs}
 
-    @classmethod
-    def from_arrow(cls, value: dict[str, Any]) -> Self:
-        """The inverse of `to_arrow`."""
-        targets = np.asarray(value["target_log_probs"], dtype=np.float32)
-        shape = (len(targets), len(value["ids"]) // max(1, len(targets)))
-        return cls(np.asarray(value["ids"], np.int32).reshape(shape), np.asarray(value["log_probs"], np.float32).reshape(shape), targets)
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """Tokens drawn with replacement from the teacher's distribution at each of T target tokens (Random Sampling KD, arXiv 2503.16870).
+
+    Distinct ids stand once, with how often each was drawn; the counts of a token add up to `draws`.
+    """
+
+    ids: NDArray[np.int32]
+    """Distinct token ids of all positions joined [N], ascending within a position."""
+    counts: NDArray[np.int32]
+    """How often each was drawn [N], at least 1."""
+    distinct: NDArray[np.int32]
+    """How many of them belong to each position [T]; they add up to N."""
+    target_log_probs: NDArray[np.float32]
+    """Log-probability of the target token itself [T] at temperature 1; its negative mean is the teacher's cross-entropy (self-check)."""
+    draws: int
+    temperature: float
+    """Of the distribution drawn from."""
+
+    def __post_init__(self) -> None:
+        assert self.ids.shape == self.counts.shape == (int(self.distinct.sum()),), (self.ids.shape, self.counts.shape, self.distinct.sum())
+        assert self.target_log_probs.shape == self.distinct.shape, (self.target_log_probs.shape, self.distinct.shape)
+
+    def __len__(self) -> int:
+        return len(self.target_log_probs)
+
+    def cut(self, length: int) -> Sampled:
+        """The soft labels of the first `length` tokens."""
+        end = int(self.distinct[:length].sum())
+        return Sampled(
+            self.ids[:end], self.counts[:end], self.distinct[:length], self.target_log_probs[:length], self.draws, self.temperature
+        )
+
+
+SoftLabels = TopK | Sampled
+
+
+def sampled_of(draws: NDArray[np.int32], target_log_probs: NDArray[np.float32], temperature: float) -> Sampled:
+    """Drawn tokens as distinct ids with counts.
+
+    Args:
+        draws: [T, n] token ids, n draws at each position, in any order.
+        target_log_probs: [T] log-probability of the target token itself, at temperature 1.
+        temperature: of the distribution drawn from.
+    """
+    ordered = np.sort(draws, axis=1)
+    first = np.ones(ordered.shape, np.bool_)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    # A run ends where the next one starts, at the latest with its position, as each position starts one.
+    counts = np.diff(np.append(np.flatnonzero(first), first.size))
+    return Sampled(
+        ordered[first].astype(np.int32),
+        counts.astype(np.int32),
+        first.sum(axis=1, dtype=np.int32),
+        target_log_probs,
+        draws.shape[1],
+        temperature,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDistribution:
+    """The teacher's probabilities of whole answers: over the choices of the example, or over the distinct answers it gave."""
+
+    answers: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    """Add up to 1."""

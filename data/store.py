@@ -1,28 +1,32 @@
 """The record store: Parquet shards that appear whole or not at all. Imports no torch.
 
 A split is cut into chunks of `CHUNK` examples, in the order of the task's file, whatever the number of processes. Each chunk becomes
-one shard, written under a temporary name and renamed when it is on disk; a chunk whose shard exists is done. So a killed teacher goes on
-where it stopped, also with another number of processes, and no record is lost or doubled. The manifest is written last and names every
-shard with its hash.
+one shard (`data.sealing`), written under a temporary name and renamed when it is on disk; a chunk whose shard exists is done. So a killed
+teacher goes on where it stopped, also with another number of processes, and no record is lost or doubled. The manifest is written last
+and names every shard with its hash. Every reader verifies checksums; `data.store_check` compares a store with what it should hold.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data.packing import pack, unpack
 from data.records import SCHEMA, TeacherRecord
-from data.soft_labels import TopK
+from data.sealing import ShardError, opened, sealed
+from data.soft_labels import AnswerDistribution
 
 CHUNK = 256
 MANIFEST = "manifest.json"
+STORE = "store.json"
+"""Notes the configuration that writes the store, relative to its folder: what is damaged can be written anew with it."""
 _SOFT = ("label_soft", "rationale_soft")
 
 
@@ -36,37 +40,83 @@ def missing_chunks(folder: Path, split: str, num_examples: int) -> list[int]:
     return [c for c in range(-(-num_examples // CHUNK)) if not shard_path(folder, split, c).is_file()]
 
 
-def write_shard(path: Path, records: Iterable[TeacherRecord]) -> None:
-    """Writes records as one zstd Parquet file, by rename after fsync."""
-    table = pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
+def write_shard(path: Path, records: Iterable[TeacherRecord], label: Mapping[str, str] | None = None) -> None:
+    """Writes records as one sealed Parquet file: temporary name, fsync, rename, fsync of the folder.
+
+    Args:
+        path: from `shard_path`.
+        records: of one chunk, in the order of its examples.
+        label: where they come from (`store_check.Origin.label`); what is left out is compared with nothing.
+    """
+    content = sealed(pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA), label or {})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary, compression="zstd")
-    with temporary.open("rb+") as file:
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Removes the half-written shards of killed processes; nobody else may be writing."""
+    for path in folder.glob(".*.parquet.*"):
+        path.unlink(missing_ok=True)
 
 
 def read_records(folder: Path, split: str) -> list[TeacherRecord]:
     """All records of a split, in the order of the task's file.
 
     Raises:
-        RuntimeError: if a shard cannot be read or does not have the store's columns.
+        RuntimeError: if a shard is damaged or of another version, or one that the manifest names is missing.
     """
-    return [_from_row(row) for path in sorted(folder.glob(f"{split}-*.parquet")) for row in _read_table(path).to_pylist()]
+    paths = sorted(folder.glob(f"{split}-*.parquet"))
+    for lost in sorted(set(_named(folder, split)) - {path.name for path in paths}):
+        raise RuntimeError(f"record shard {folder / lost} is missing: {remedy(folder)}")
+    return [record for path in paths for record in read_shard(path)]
 
 
-def _read_table(path: Path) -> pa.Table:
+def read_shard(path: Path) -> list[TeacherRecord]:
+    """The records of one shard.
+
+    Raises:
+        RuntimeError: if it is damaged or of another version.
+    """
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RuntimeError(
-            f"record shard {path} cannot be read ({error}): delete it and run again; only its chunk is written anew"
-        ) from error
+        return [_from_row(row) for row in load_shard(path)[0].to_pylist()]
+    except ShardError as error:
+        raise RuntimeError(f"record shard {path} {error}: {remedy(path.parent)}") from error
+
+
+def load_shard(path: Path) -> tuple[pa.Table, dict[str, str]]:
+    """The table and the label of one shard.
+
+    Raises:
+        ShardError: if it is damaged or of another version.
+    """
+    table, label = opened(path.read_bytes())
     if table.schema.names != SCHEMA.names:
-        raise RuntimeError(
-            f"record shard {path} has the columns {table.schema.names}, not {SCHEMA.names}: another version wrote it; delete the folder"
-        )
-    return table
+        raise ShardError(f"has the columns {table.schema.names}, not {SCHEMA.names}: another version wrote it")
+    return table, label
+
+
+def remedy(folder: Path) -> str:
+    """The commands that write anew what is bad in a store, and nothing else."""
+    try:
+        noted = json.loads((folder / STORE).read_text())["config"]
+        config = os.path.relpath(folder / noted)
+    except (OSError, ValueError, KeyError, TypeError):
+        config = "CONFIG"  # of the run that wrote the store; a copied folder may not know it
+    return f"`stepdown records repair {config}` deletes what is bad, and `stepdown run {config}` writes that anew and nothing else"
 
 
 def check_complete(records: Sequence[TeacherRecord], ids: Sequence[str], folder: Path) -> None:
@@ -80,7 +130,7 @@ def check_complete(records: Sequence[TeacherRecord], ids: Sequence[str], folder:
         lost, foreign = set(ids) - set(found), set(found) - set(ids)
         raise RuntimeError(
             f"{folder}: {len(found)} records for {len(ids)} examples ({len(lost)} missing, {len(foreign)} of other examples), "
-            "or not in their order: delete the folder and run again"
+            f"or not in their order: {remedy(folder)}"
         )
 
 
@@ -90,10 +140,30 @@ def manifest(folder: Path) -> dict[str, Any]:
     return {"shards": [{"file": p.name, "bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in shards]}
 
 
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `MANIFEST` says of each file; nothing where it is not written yet or cannot be read."""
+    try:
+        return {shard["file"]: shard for shard in json.loads((folder / MANIFEST).read_text())["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _named(folder: Path, split: str) -> list[str]:
+    return [name for name in read_manifest(folder) if name.startswith(f"{split}-")]
+
+
 def _to_row(record: TeacherRecord) -> dict[str, Any]:
     row = {f.name: getattr(record, f.name) for f in fields(TeacherRecord)}
-    return {**row, **{name: row[name].to_arrow() if row[name] is not None else None for name in _SOFT}}
+    if record.answers is not None:
+        pairs = zip(record.answers.answers, record.answers.probabilities, strict=True)
+        row["answers"] = [{"answer": answer, "probability": probability} for answer, probability in pairs]
+    return {**row, **{name: pack(row[name]) if row[name] is not None else None for name in _SOFT}}
 
 
 def _from_row(row: dict[str, Any]) -> TeacherRecord:
-    return TeacherRecord(**{**row, **{name: TopK.from_arrow(row[name]) if row[name] is not None else None for name in _SOFT}})
+    soft: dict[str, Any] = {name: unpack(row[name]) if row[name] is not None else None for name in _SOFT}
+    if row["answers"] is not None:
+        soft["answers"] = AnswerDistribution(
+            tuple(pair["answer"] for pair in row["answers"]), tuple(pair["probability"] for pair in row["answers"])
+        )
+    return TeacherRecord(**{**row, **soft})
