@@ -24,13 +24,21 @@ def match_choice(text: str, choices: Sequence[str]) -> str | None:
     """The choice that `text` names, as the choices write it; None where it names none.
 
     A choice's own text (white space around the answer aside) comes first; then `(b)`, `b)` and `(b) text`, the last only where the
-    text is that of choice b. Case counts, as it does in the published agreement figures of recorded teachers.
+    text is that of choice b. A full stop after any of these is read over where it is no part of the choice. Case counts,
+    as it does in the published agreement figures of recorded teachers.
     """
     stripped = text.strip()
     for candidate in (text, stripped):
         if candidate in choices:
             return candidate
-    if (lettered := _LETTERED.fullmatch(stripped)) is None:
+    if (choice := _lettered_choice(stripped, choices)) is not None:
+        return choice
+    bare = stripped.removesuffix(".")
+    return bare if bare in choices else _lettered_choice(bare, choices)
+
+
+def _lettered_choice(text: str, choices: Sequence[str]) -> str | None:
+    if (lettered := _LETTERED.fullmatch(text)) is None:
         return None
     index = ord(lettered[1].lower()) - ord("a")
     if index >= len(choices) or lettered[2] not in ("", choices[index].strip()):
@@ -65,8 +73,11 @@ def number_value(text: str) -> Decimal | None:
 
 
 def expression_value(text: str) -> Fraction | None:
-    """The exact value of an arithmetic expression: numbers, + - * / and brackets; None where it does not evaluate."""
-    if len(text) > MAX_CHARACTERS or (tokens := _tokens(text)) is None:
+    """The exact value of an arithmetic expression: numbers, + - * / and brackets; None where it does not evaluate.
+
+    A full stop after it is read over.
+    """
+    if len(text) > MAX_CHARACTERS or (tokens := _tokens(text.rstrip().removesuffix("."))) is None:
         return None
     try:
         value = _Reader(tokens).value()

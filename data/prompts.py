@@ -1,14 +1,13 @@
-"""The texts that models read and write: the student's two tasks, the teacher's prompt and its parser. Imports no torch."""
+"""The texts that models read and write: the student's two tasks, a tuned teacher's one, and the parser of a solution. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
-
-import yaml
 
 from data.examples import TaskExample
 
@@ -21,7 +20,10 @@ Encode = Callable[[str], list[int]]
 FORMAT_FILE = "stepdown.json"
 ANSWER_MARK = "Answer:"
 _CUES: dict[Part, str] = {"predict": ANSWER_MARK, "explain": "Rationale:", "solve": "Solution:"}
-_NEXT_EXAMPLE = "Question:"
+NEXT_EXAMPLE = "Question:"
+SOLUTION_CUE = _CUES["solve"]
+_RETIRED = ("few_shot",)
+"""Keys that older `stepdown.json` files carry; nothing reads them any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,9 @@ class TextFormat:
     max_rationale_tokens: int
     prefix_ids: tuple[int, ...] = ()
     """What opens every sequence (a beginning-of-sequence token where the tokenizer adds one)."""
-    few_shot: str = ""
-    """Worked examples that open a `solve` prompt of a teacher that was not tuned."""
 
     def prompt(self, part: Part, text: str) -> str:
         """The text a model reads for `part`."""
-        if part == "solve" and self.few_shot:
-            return f"{self.few_shot}{_NEXT_EXAMPLE} {text}\n{_CUES['solve']}"
         if self.family == "encoder_decoder":
             return f"{part}: {text}"
         return f"{part}: {text}\n{_CUES[part]}"
@@ -55,13 +53,13 @@ class TextFormat:
         """Token ids of the prompt, and whether it was cut.
 
         A prompt longer than `max_input_tokens` loses tokens just after its task word: what tells the tasks apart, the end of the
-        input and the cue stay. A few-shot prompt loses its earliest examples.
+        input and the cue stay.
         """
         ids = encode(self.prompt(part, text))
         end = [self.eos_id] if self.family == "encoder_decoder" else []
         excess = len(self.prefix_ids) + len(ids) + len(end) - self.max_input_tokens
         if excess > 0:
-            head = 0 if self.few_shot and part == "solve" else min(len(encode(f"{part}:")), len(ids) - excess)
+            head = min(len(encode(f"{part}:")), len(ids) - excess)
             ids = ids[:head] + ids[head + excess :]
         return [*self.prefix_ids, *ids, *end], excess > 0
 
@@ -97,7 +95,7 @@ class TextFormat:
         path = folder / FORMAT_FILE
         if not path.is_file():
             raise ValueError(f"{folder} has no {FORMAT_FILE}: it is not a model folder that stepdown made")
-        values = json.loads(path.read_text())
+        values = {key: value for key, value in json.loads(path.read_text()).items() if key not in _RETIRED}
         return cls(**{**values, "prefix_ids": tuple(values["prefix_ids"])})
 
 
@@ -114,45 +112,52 @@ def vocabulary_texts(examples: Iterable[TaskExample]) -> Iterator[str]:
         yield example.label
 
 
+# Degenerate outputs repeat one character thousands of times: every repetition below is bounded, so that none costs quadratic time.
+_NEXT = re.compile(rf"\n[ \t*#]{{0,8}}{NEXT_EXAMPLE}")
+_BOLD = re.compile(r"(?<![\w)])(\*{2,3})(?=\S)(.{1,300}?)(?<=\S)\1(?![\w(])")
+_MARK = re.compile(r"(?:#{1,6}[ \t]?)?(?:(?i:\b(?:the )?(?:final|correct) answer)|Answer|ANSWER) ?:")
+_LEAD_IN = r"(?i:(?:\b(?:so|thus|therefore|hence),? )?\bthe (?:(?:final|correct|best) )?answer is)(?::\s{0,4}|\s)"
+# The full stop of an abbreviation (Washington D.C.) ends no sentence, and neither does a decimal point.
+_SENTENCE = re.compile(rf"{_LEAD_IN}(\S[^\n]{{0,500}}?)(?:(?<![A-Za-z]\.[A-Za-z])\.(?=\s|$)|\n|$)")
+_BOXED = re.compile(r"\\boxed ?\{((?:[^{}\n]|\{[^{}\n]{0,200}\}){1,200})\}")
+_TEX_WORD = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
+_WRAPPED = re.compile(r"(?:\$([^$]+)\$|\\\((.+)\\\)|`([^`]+)`|\*([^*]+)\*)\.?")
+
+
 def parse_solution(text: str) -> tuple[str, str | None]:
-    """A teacher's output cut into rationale and label; the label is None where there is no `Answer:`.
+    r"""A teacher's output cut into rationale and label; the label is None where there is none. Never raises.
 
-    The output of a few-shot teacher runs on into a next example of its own making: it is cut there.
+    What a reasoning model thinks before `</think>` is left out, and so is a next example of the teacher's own making (a line that opens
+    with `Question:`). The label is the first line after the first `Answer:` (also `Final answer:`, a heading, bold); without one, what
+    the last "The answer is X." says; without that, the last `\boxed{X}`. Emphasis and the marks around a formula are taken off. A full
+    stop after `Answer: X` stays: it can belong to the label, and `data.answers` reads over it.
     """
-    text = text.split(_NEXT_EXAMPLE)[0]
-    rationale, mark, label = text.partition(ANSWER_MARK)
-    label = label.strip().split("\n")[0].strip()
-    return rationale.strip(), label if mark and label else None
+    text = _BOLD.sub(r"\2", _NEXT.split(text.rpartition("</think>")[2].strip())[0]).strip()
+    if mark := _MARK.search(text):
+        return text[: mark.start()].strip(), _bare(text[mark.end() :])
+    if sentences := list(_SENTENCE.finditer(text)):
+        return text[: sentences[-1].start()].strip(), _bare(sentences[-1][1])
+    if boxes := list(_BOXED.finditer(text)):
+        return _before_box(text, boxes[-1]), _bare(boxes[-1][0])
+    return text, None
 
 
-def _worked_example(example: dict[str, str]) -> str:
-    question, rationale, label = (example[name].strip() for name in ("input", "rationale", "label"))
-    if not (question and rationale and label):
-        raise ValueError("a value is empty")
-    return f"{_NEXT_EXAMPLE} {question}\n{_CUES['solve']} {rationale} {ANSWER_MARK} {label}\n\n"
+def _bare(label: str) -> str | None:
+    """The first line of what was written as the label, without the marks around it; None where nothing is left."""
+    label = label.strip().split("\n")[0].split(f" {NEXT_EXAMPLE}")[0].strip()
+    if sentence := _SENTENCE.match(label):
+        label = sentence[1]
+    if box := _BOXED.search(label):
+        label = _TEX_WORD.sub(r"\1", box[1])
+    if wrapped := _WRAPPED.fullmatch(label):
+        label = next(group for group in wrapped.groups() if group is not None)
+    return label.strip() or None
 
 
-def few_shot_text(path: Path, shots: int) -> str:
-    """The worked examples of a YAML file as the opening of a prompt.
-
-    Args:
-        path: a list of mappings with `input`, `rationale` and `label`.
-        shots: how many to use, from the first.
-
-    Raises:
-        ValueError: if the file is missing or not of that form, or has fewer examples than `shots`.
-    """
-    if not path.is_file():
-        raise ValueError(f"teacher.rationales.examples: {path} does not exist; give a YAML file of few-shot examples")
-    try:
-        # The base loader reads every scalar as text: the label `yes` stays yes, and 1.10 keeps its zero.
-        examples = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-        texts = [_worked_example(example) for example in examples]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"teacher.rationales.examples: {path} is not a list of mappings with input, rationale and label "
-            f"({type(error).__name__}: {error}); write each as text"
-        ) from error
-    if len(texts) < shots:
-        raise ValueError(f"teacher.rationales.shots is {shots}, but {path} holds {len(texts)} examples: lower shots or add examples")
-    return "".join(texts[:shots])
+def _before_box(text: str, box: re.Match[str]) -> str:
+    """The rationale of a solution that ends in a box: what stands before it, and its content where it ends a sentence."""
+    before, _, line = text[: box.start()].rpartition("\n")
+    if not line.strip(" $*[(\\"):
+        return before.strip()
+    line = line.removesuffix("$").removesuffix("$").removesuffix("\\(")
+    return f"{before}\n{line}{box[1]}".strip()

@@ -121,7 +121,6 @@ def text_format(
     max_input_tokens: int,
     max_label_tokens: int,
     max_rationale_tokens: int,
-    few_shot: str = "",
 ) -> TextFormat:
     """How a model with this tokenizer is called.
 
@@ -144,7 +143,6 @@ def text_format(
         max_label_tokens=max_label_tokens,
         max_rationale_tokens=max_rationale_tokens,
         prefix_ids=_prefix_ids(tokenizer) if family == "decoder_only" else (),
-        few_shot=few_shot,
     )
 
 

@@ -148,8 +148,8 @@ def wrapped(post_processor: str | None, **special: str) -> PreTrainedTokenizerFa
 def test_the_prefix_is_what_the_tokenizer_puts_before_a_text(
     template: str | None, special: dict[str, str], prefix: tuple[int, ...], pad: int
 ) -> None:
-    form = models.text_format(wrapped(template, **special), "decoder_only", few_shot="x", **LIMITS)
-    assert form == TextFormat("decoder_only", eos_id=1, pad_id=pad, prefix_ids=prefix, few_shot="x", **LIMITS)
+    form = models.text_format(wrapped(template, **special), "decoder_only", **LIMITS)
+    assert form == TextFormat("decoder_only", eos_id=1, pad_id=pad, prefix_ids=prefix, **LIMITS)
     assert models.text_format(wrapped(template, **special), "encoder_decoder", **LIMITS).prefix_ids == ()
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.prompts import Part, TextFormat, few_shot_text, parse_solution
+from data.config import Metric
+from data.prompts import Part, TextFormat, parse_solution
+from train.scoring import parse_answer
 
 EOS, PAD = 1, 0
 T5 = TextFormat("encoder_decoder", EOS, PAD, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=16)
@@ -43,12 +46,6 @@ def test_a_decoder_only_model_goes_on_with_a_space() -> None:
     assert read(T5.rationale_ids("It is.", encode)[0]) == "It is.<e>"
 
 
-def test_a_few_shot_prompt_opens_solve_only() -> None:
-    form = dataclasses.replace(LLAMA, few_shot="Question: a\nSolution: b Answer: c\n\n")
-    assert form.prompt("solve", "1 + 1?") == "Question: a\nSolution: b Answer: c\n\nQuestion: 1 + 1?\nSolution:"
-    assert form.prompt("predict", "1 + 1?") == "predict: 1 + 1?\nAnswer:"
-
-
 def test_a_long_prompt_keeps_task_word_cue_and_the_end_of_the_input() -> None:
     text = "abcdefghij" * 10
     t5, cut = dataclasses.replace(T5, max_input_tokens=20).prompt_ids("predict", text, encode)
@@ -70,18 +67,6 @@ def test_a_prompt_is_cut_only_where_it_is_longer_than_the_bound(form: TextFormat
 def test_a_bound_smaller_than_task_word_and_cue_is_kept_all_the_same(form: TextFormat) -> None:
     ids, cut = dataclasses.replace(form, max_input_tokens=8).prompt_ids("explain", "why?", encode)
     assert (len(ids), cut) == (8, True)
-
-
-def test_a_long_few_shot_prompt_loses_its_earliest_examples() -> None:
-    form = dataclasses.replace(
-        LLAMA, few_shot="Question: old\nSolution: o Answer: 1\n\nQuestion: new\nSolution: n Answer: 2\n\n", max_input_tokens=70
-    )
-    ids, cut = form.prompt_ids("solve", "now?", encode)
-    text = read(ids)
-    assert (cut, len(ids)) == (True, 70)
-    assert "Question: new\nSolution: n Answer: 2\n\nQuestion: now?\nSolution:" in text
-    assert text.startswith("<b>")
-    assert "old" not in text
 
 
 def test_labels_and_rationales_are_cut_with_room_for_the_end() -> None:
@@ -125,87 +110,105 @@ def test_a_solution_without_a_rationale_has_no_token_for_it(form: TextFormat) ->
         ("Two and two. Answer:  \n ", "Two and two.", None),
         ("It runs on", "It runs on", None),
         ("", "", None),
+        # the next example
+        ("Two. Answer: 2\nQuestion: no Answer: 3", "Two.", "2"),
+        ("Two. Answer: 2 Question: what next?", "Two.", "2"),
+        ("Two.\n\n  **Question:** no Answer: 3", "Two.", None),
+        ("Question: how many? Two. Answer: 2", "Question: how many? Two.", "2"),
+        # the closing form as chat models write it
+        ("It is an herb.\n\n**Answer:** (b) thyme.", "It is an herb.", "(b) thyme."),
+        ("It is an herb.\n\n**Answer**: (b) thyme", "It is an herb.", "(b) thyme"),
+        ("It is **an** herb.\n**Answer: thyme**", "It is an herb.", "thyme"),
+        ("Six.\n\n### Final Answer:\n\n**6**", "Six.", "6"),
+        ("Six.\nFinal answer: `6`.", "Six.", "6"),
+        ("Six.\nThe correct answer: $6$", "Six.", "6"),
+        (r"Six. Answer: \(6\)", "Six.", "6"),
+        (r"Six. Answer: $\boxed{6}$.", "Six.", "6"),
+        ("Six. ANSWER : 6", "Six.", "6"),
+        ("Six. Answer: The answer is 6.", "Six.", "6"),
+        ("<think>\nAnswer: 5? No.\n</think>\n\nSix. Answer: 6", "Six.", "6"),
+        # a sentence
+        ("Six times seven is 42. So the answer is 42.", "Six times seven is 42.", "42"),
+        ("It grows. The final answer is: **(b) thyme**.", "It grows.", "(b) thyme"),
+        ("The answer is 4. No, wait. Therefore, the correct answer is 5. It is odd.", "The answer is 4. No, wait.", "5"),
+        ("He lives there. The answer is Washington D.C.", "He lives there.", "Washington D.C."),
+        ("A tenth more. The answer is 1.10.", "A tenth more.", "1.10"),
+        ("Think. The answer is:\n\n$18", "Think.", "$18"),
+        ("The answer is", "The answer is", None),
+        # a box
+        (r"So 6 * 7 = $\boxed{42}$.", "So 6 * 7 = 42", "42"),
+        (r"Six sevens.\n\n\[ \boxed{42} \]".replace(r"\n", "\n"), "Six sevens.", "42"),
+        (r"\boxed{1} is wrong. It is \boxed{\text{(b) thyme}}", r"\boxed{1} is wrong. It is \text{(b) thyme}", "(b) thyme"),
+        (r"\boxed{4", r"\boxed{4", None),
+        # what only looks like markup
+        ("2 ** 3 is 8 and 2**3**1 too. Answer: ( 2 * 3 ) * 4", "2 ** 3 is 8 and 2**3**1 too.", "( 2 * 3 ) * 4"),
+        ("It costs $5 or $6. Answer: $5", "It costs $5 or $6.", "$5"),
+        ("Answer Choices are three. Answer: (a)", "Answer Choices are three.", "(a)"),
     ],
 )
 def test_a_solution_is_parsed_into_rationale_and_label(text: str, rationale: str, label: str | None) -> None:
     assert parse_solution(text) == (rationale, label)
 
 
-@BOTH
-def test_a_format_comes_back_from_its_file(form: TextFormat, tmp_path: Path) -> None:
-    form = dataclasses.replace(form, few_shot="Question: wie groß?\n")
-    form.save(tmp_path)
-    assert TextFormat.load(tmp_path) == form
-
-
-def test_a_folder_without_a_format_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no stepdown\.json: it is not a model folder that stepdown made") as raised:
-        TextFormat.load(tmp_path)
-    assert str(tmp_path) in str(raised.value)
-
-
-EXAMPLES = """
-- {input: "is 2 even?", rationale: "It is 2 x 1.", label: yes}
-- input: What costs 1.10?
-  rationale: |
-    Only tea
-    costs 1.10.
-  label: 1.10
-- {input: c, rationale: d, label: 3}
-"""
-
-
-def test_examples_are_read_as_they_are_written(tmp_path: Path) -> None:
-    # YAML would make a boolean of `yes` and 1.1 of 1.10.
-    path = tmp_path / "examples.yaml"
-    path.write_text(EXAMPLES)
-    assert few_shot_text(path, 2) == (
-        "Question: is 2 even?\nSolution: It is 2 x 1. Answer: yes\n\n"
-        "Question: What costs 1.10?\nSolution: Only tea\ncosts 1.10. Answer: 1.10\n\n"
-    )
-    assert few_shot_text(path, 3).endswith("Question: c\nSolution: d Answer: 3\n\n")
-
-
-def test_an_example_of_a_file_is_parsed_as_the_teacher_is_meant_to_write_it(tmp_path: Path) -> None:
-    path = tmp_path / "examples.yaml"
-    path.write_text(EXAMPLES)
-    solution = few_shot_text(path, 1).split("Solution:")[1]
-    assert parse_solution(solution) == ("It is 2 x 1.", "yes")
-
-
-def test_a_missing_file_of_examples(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"teacher\.rationales\.examples: .*gone\.yaml does not exist; give a YAML file of few-shot"):
-        few_shot_text(tmp_path / "gone.yaml", 1)
-
-
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "metric", "answer"),
     [
-        ("- {input: a, rationale: b}", "KeyError: 'label'"),
-        ("input: a", "TypeError"),
-        ("just text", "TypeError"),
-        ("", "TypeError"),
-        ("- [a, b, c]", "TypeError"),
-        ("- {input: [a], rationale: b, label: c}", "AttributeError"),
-        ("- {input: a, rationale: '', label: c}", "ValueError: a value is empty"),
-        ("- {input: a, rationale: , label: c}", "ValueError: a value is empty"),
-        ("- {input: a", "ParserError"),
-        (b"- {input: \xff, rationale: b, label: c}", "UnicodeDecodeError"),
+        ("An herb. **Answer:** (b) thyme.", "choice", "thyme"),
+        ("An herb. Answer: (b).", "choice", "thyme"),
+        ("An herb. Answer: thyme.", "choice", "thyme"),
+        ("The capital. Answer: Washington D.C.", "choice", "Washington D.C."),
+        ("The capital. Answer: (c) Washington D.C..", "choice", "Washington D.C."),
+        ("The capital. The answer is (c) Washington D.C.", "choice", "Washington D.C."),
+        ("An herb. Answer: rock.", "choice", None),
+        ("Seven each. The answer is 42.", "number", "42"),
+        (r"\[\boxed{42}\]", "number", "42"),
+        ("Answer: **(84 / 2)**.", "expression", "42"),
+        ("Answer: (84 / 2).", "expression", "42"),
+        ("Answer: 84 / 2 .", "expression", "42"),
+        ("Answer: .", "expression", None),
     ],
 )
-def test_a_malformed_file_of_examples(text: str | bytes, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "examples.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(
-        ValueError, match=r"(?s)not a list of mappings with input, rationale and label \(.*\); write each as text"
-    ) as raised:
-        few_shot_text(path, 1)
-    assert reason in str(raised.value)
-    assert str(raised.value).startswith(f"teacher.rationales.examples: {path}")
+def test_what_is_parsed_can_be_judged(text: str, metric: Metric, answer: str | None) -> None:
+    label = parse_solution(text)[1]
+    assert label is not None
+    assert parse_answer(label, metric, ("rock.txt", "thyme", "Washington D.C.") if metric == "choice" else ()) == answer
 
 
-def test_too_few_examples(tmp_path: Path) -> None:
-    path = tmp_path / "examples.yaml"
-    path.write_text(EXAMPLES)
-    with pytest.raises(ValueError, match=r"teacher\.rationales\.shots is 4, but .* holds 3 examples: lower shots or add examples"):
-        few_shot_text(path, 4)
+PIECES = [
+    "Answer:",
+    "**",
+    "*",
+    "The answer is ",
+    r"\boxed{",
+    "}",
+    "Question:",
+    "\n",
+    " ",
+    "$",
+    "`",
+    "#",
+    ".",
+    "</think>",
+    "4",
+    "x",
+    "\u2028",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=30).map("".join))
+def test_the_parser_takes_any_text(text: str) -> None:
+    rationale, label = parse_solution(text)
+    assert rationale == rationale.strip()
+    assert label is None or (label == label.strip() and label and "\n" not in label)
+
+
+REPEATED = ["#", "*", "\n", " ", "**a", r"\boxed{", "the answer is ", "$", "Answer", "D.C", "\n ", "* ", r"\boxed{a{b", "`a "]
+
+
+@pytest.mark.timeout(20)  # quadratic time in the length would be minutes
+@pytest.mark.parametrize("opening", ["", "Answer: ", r"\boxed{"])
+@pytest.mark.parametrize("piece", REPEATED)
+def test_the_parser_takes_degenerate_repetition(opening: str, piece: str) -> None:
+    text = opening + piece * (200_000 // len(piece))
+    rationale, label = parse_solution(text)
+    assert len(rationale) + len(label or "") <= len(text)
