@@ -6,11 +6,14 @@ Every worker is started with torchrun, one process too (DeepSpeed looks for MPI 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +50,17 @@ class World:
         if self.size > 1:
             distributed.barrier()
 
+    def counter(self) -> Callable[[int], int]:
+        """A number that all processes share, 0 at first: adds what it is given and returns the sum, without waiting for anybody.
+
+        Every process must open its counters in the same order.
+        """
+        if self.size == 1:
+            return _Sum()
+        # The store through which torchrun's processes found one another.
+        shared, key = distributed.distributed_c10d._get_default_store(), f"stepdown-counter-{next(_COUNTERS)}"
+        return lambda amount: int(shared.add(key, amount))
+
     def agree(self, error: Exception | None) -> None:
         """Raises on every process if any has an error, so that none is left waiting.
 
@@ -58,6 +72,21 @@ class World:
             raise error
         if failed:
             raise RuntimeError(f"stopped because {failed} other process(es) failed; their message stands above")
+
+
+class _Sum:
+    """A counter of one process."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def __call__(self, amount: int) -> int:
+        self.total += amount
+        return self.total
+
+
+_COUNTERS = itertools.count()
+"""Numbers the counters of this process: the same order of opening gives the same names everywhere."""
 
 
 def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
@@ -75,7 +104,8 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     if cuda:
         torch.cuda.set_device(target)
     deepspeed = _deepspeed()
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    # Processes wait for one that asks a server, or converts a model, for as long as that takes; torchrun sees to those that die.
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(days=7))
     return World(distributed.get_rank(), distributed.get_world_size(), target)
 
 
@@ -255,33 +285,120 @@ class InferenceModel:
     num_groups: int
     is_writer: bool
     """One process of each group writes its results."""
+    world: World
+    degree: int = 1
+    """Processes that hold one copy between them, each a slice of every matrix."""
+    group: distributed.ProcessGroup | None = None
+    """Those processes; None where `degree` is 1."""
 
     @property
     def in_step(self) -> bool:
         """All processes must make the same number of forwards."""
         return self.sharding == "zero3"
 
+    def most(self, forwards: int) -> int:
+        """`forwards`, or where all must step together the most that any process has to make."""
+        if not self.in_step:
+            return forwards
+        counts = torch.zeros(self.world.size, dtype=torch.int64)
+        counts[self.world.rank] = forwards
+        return int(self.world.sum(counts).max())
 
-def place_for_inference(model: nn.Module, world: World, sharding: Literal["replica", "tensor", "zero3"]) -> InferenceModel:
-    """Lays a model out for inference: in eval mode, without gradients or optimizer states.
 
-    replica: a copy on each device, no communication. tensor: DeepSpeed AutoTP splits every matrix over all processes. zero3: each
-    process keeps a share of every parameter, gathered layer by layer.
+def place_for_inference(
+    model: nn.Module,
+    world: World,
+    sharding: Literal["replica", "tensor", "zero3"],
+    *,
+    degree: int | None = None,
+    offload: bool = False,
+) -> InferenceModel:
+    """Lays a model out for inference: in eval mode, without gradients or optimizer states. Every process must call it.
+
+    replica: a copy on each device, no communication. tensor: DeepSpeed AutoTP splits every matrix over the processes of a node, and each
+    such group is a copy. zero3: each process keeps a share of every parameter, gathered layer by layer.
+
+    Args:
+        model: on the CPU.
+        world: the processes.
+        sharding: how.
+        degree: tensor only: processes that hold one copy between them; all those of a node where None.
+        offload: zero3 only: the shares stay in the host's memory.
+
+    Raises:
+        ValueError: if the model's attention heads, or the processes, cannot be shared out evenly.
     """
+    assert degree in (None, 1) or sharding == "tensor", "a degree belongs to tensor"
+    assert not offload or sharding == "zero3", "offloading belongs to zero3"
     model.eval().requires_grad_(False)
-    if sharding == "replica" or world.size == 1:
-        return InferenceModel(model.to(world.device), "replica", world.rank, world.size, True)
+    if sharding == "tensor":
+        degree = degree or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        if degree > 1:
+            return _tensor_parallel(model, world, degree)
+    # ZeRO-3 over one process shards nothing, but it offloads.
+    if sharding != "zero3" or (world.size == 1 and not offload):
+        return InferenceModel(model.to(world.device), "replica", world.rank, world.size, True, world)
+    return InferenceModel(_zero3(model, world, offload), "zero3", world.rank, world.size, True, world)
+
+
+def _tensor_parallel(model: nn.Module, world: World, degree: int) -> InferenceModel:
+    _check_degree(model, world, degree)
+    # Every process must make every group, in the same order.
+    groups = [distributed.new_group(list(range(first, first + degree))) for first in range(0, world.size, degree)]
+    number = world.rank // degree
     deepspeed = _deepspeed()
     dtype = next(model.parameters()).dtype
-    if sharding == "tensor":
-        with contextlib.redirect_stdout(None):  # AutoTP prints the layers it found
-            engine = deepspeed.init_inference(model, dtype=dtype, tensor_parallel={"tp_size": world.size}, replace_with_kernel_inject=False)
-        # AutoTP leaves embeddings in fp32, T5's relative position bias among them, and attention refuses a bias of another type.
-        return InferenceModel(engine.module.to(dtype), "tensor", 0, 1, world.is_main)
+    with contextlib.redirect_stdout(None):  # AutoTP prints the layers it found
+        # `tp_group` alone would be replaced by a group of the first processes (0.19.8): an `mpu` is asked for its group.
+        parallel = {"tp_size": degree, "tp_group": groups[number], "mpu": _Unit(groups[number])}
+        engine = deepspeed.init_inference(model, dtype=dtype, tensor_parallel=parallel, replace_with_kernel_inject=False)
+    # AutoTP leaves embeddings in fp32, T5's relative position bias among them, and attention refuses a bias of another type.
+    placed = engine.module.to(dtype)
+    return InferenceModel(placed, "tensor", number, len(groups), world.rank % degree == 0, world, degree=degree, group=groups[number])
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What DeepSpeed calls a model parallel unit: it tells the group of this process."""
+
+    group: Any
+
+    def get_model_parallel_group(self) -> Any:
+        return self.group
+
+
+def _check_degree(model: nn.Module, world: World, degree: int) -> None:
+    way_out = "choose replica or zero3, or a number of processes a node that divides it"
+    if world.size % degree:
+        raise ValueError(f"teacher.sharding is tensor over {degree} processes, which do not divide the {world.size} there are: {way_out}")
+    for name in ("num_attention_heads", "num_key_value_heads", "num_heads"):
+        heads = getattr(model.config, name, None)
+        if isinstance(heads, int) and heads % degree:
+            raise ValueError(
+                f"teacher.sharding is tensor over {degree} processes, but the teacher's {name} is {heads}, which {degree} does not divide: "
+                f"{way_out}"
+            )
+
+
+def _zero3(model: nn.Module, world: World, offload: bool) -> Any:
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
+        "zero_optimization": zero,
     }
-    engine = deepspeed.initialize(model=model, config=config)[0]
-    return InferenceModel(engine.module, "zero3", world.rank, world.size, True)
+    deepspeed = _deepspeed()
+    _gather_by_layer(deepspeed, model)
+    return deepspeed.initialize(model=model, config=config)[0].module
+
+
+def _gather_by_layer(deepspeed: Any, model: nn.Module) -> None:
+    """Makes each layer of a stack one unit of gathering: a decoding step waits for every gather, and a layer has nine matrices or more."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    layers = {type(layer) for stack in stacks for layer in stack if sum(1 for _ in layer.parameters(recurse=True)) > 1}
+    if layers:
+        # torch 2.13 has another name for what DeepSpeed 0.19.8 gathers with; delete when DeepSpeed uses it.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
+        deepspeed.utils.set_z3_leaf_modules(model, list(layers))
