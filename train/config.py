@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from data.config import RationalesConfig, Section, SoftLabelsConfig
 
 Arm = Literal["labels_only", "step_by_step", "soft_labels", "step_by_step_soft"]
 DeployTarget = Literal["ctranslate2-float32", "ctranslate2-float16", "ctranslate2-int8", "ctranslate2-int8_float16"]
 Sharding = Literal["auto", "replica", "tensor", "zero3"]
+MAX_SERVER_LOG_PROBS = 20
+"""Most log-probabilities a token that servers of OpenAI's API give."""
 
 
 class ScratchModel(Section):
@@ -128,54 +132,174 @@ class LossConfig(Section):
         return self
 
 
+class EndpointConfig(Section):
+    """An OpenAI-compatible server that teaches."""
+
+    url: str = Field(description="Base address, up to and with /v1: http://localhost:8000/v1, https://api.openai.com/v1.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="chat: /chat/completions, the prompt as messages; completions: /completions, the prompt as plain text."
+    )
+    key_variable: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable that holds the key; none is sent where it is not set.",
+        json_schema_extra={"hashed": False},
+    )
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests under way at once.", json_schema_extra={"hashed": False})
+    timeout_seconds: float = Field(120.0, gt=0.0, description="Longest wait for one answer.", json_schema_extra={"hashed": False})
+    retries: int = Field(
+        8, ge=0, description="Tries after the first, with growing pauses, before the run stops.", json_schema_extra={"hashed": False}
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Tokenizer of the server's model (hub id, folder or package:NAME/FILE), by whose ids soft labels (top_k) are stored.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_address(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            raise ValueError("is no address: write it as http://localhost:8000/v1 or https://api.openai.com/v1") from None
+        # Not repeated in the message: it may hold a password.
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "holds a user, a password, a query or a fragment: give the bare address, and the key in the variable named by key_variable"
+            )
+        if not usable:
+            raise ValueError(f"is {url!r}: write it as http://localhost:8000/v1 or https://api.openai.com/v1")
+        if parts.path.rstrip("/").endswith("/completions"):
+            raise ValueError(f"is {url!r}: end it before /chat/completions or /completions, which `api` chooses")
+        return url
+
+    @field_validator("key_variable")
+    @classmethod
+    def _name_of_a_variable(cls, name: str) -> str:
+        # Not repeated in the message: who misreads the key's meaning puts the secret here.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("is not the name of an environment variable: export the key under a name, and write that name here")
+        return name
+
+
 class TeacherConfig(Section):
     """Who teaches: a model that writes now, or records that somebody already has."""
 
-    source: Literal["deepspeed", "recorded"] = Field(
-        description="deepspeed: a live model; recorded: the rows already hold what a teacher wrote."
+    source: Literal["deepspeed", "vllm", "endpoint", "recorded"] = Field(
+        description="deepspeed: a live model; vllm: the same in vLLM's offline engine; endpoint: a server that speaks OpenAI's API; "
+        "recorded: the rows already hold what a teacher wrote."
     )
     model: ModelSource | None = Field(
-        None, description="The live teacher: hub id, folder, .gguf file, package:NAME/FILE, or {from_scratch: ...}."
+        None,
+        description="The live teacher: hub id, folder, .gguf file, package:NAME/FILE, or {from_scratch: ...}; "
+        "for endpoint the server's name of it.",
     )
+    endpoint: EndpointConfig | None = Field(None, description="The server of source: endpoint.")
     label: str | None = Field(None, description="Template over a row's fields for the recorded teacher's label.")
     rationale: str | None = Field(None, description="Template over a row's fields for the recorded teacher's rationale.")
     sharding: Sharding = Field(
         "auto", description="How the live teacher lies on the devices; auto: the plan decides.", json_schema_extra={"hashed": False}
     )
-    batch_size: int = Field(32, ge=1, description="Prompts a process generates at once.", json_schema_extra={"hashed": False})
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Prompts a process generates at once; auto: what the GPU's free memory holds (256 at most), 32 on a CPU.",
+        json_schema_extra={"hashed": False},
+    )
     tune: TrainingConfig | None = Field(None, description="Tune the live teacher on the task's gold solutions before it writes.")
     rationales: RationalesConfig = Field(default_factory=RationalesConfig, description="What is asked of the teacher and what is kept.")
     soft_labels: SoftLabelsConfig | None = Field(None, description="Store the live teacher's distribution at each target token.")
 
     @model_validator(mode="after")
     def _no_idle_knobs(self) -> Self:
-        live = ("model", "sharding", "batch_size", "tune", "soft_labels")
-        idle = live if self.source == "recorded" else ("label", "rationale")
-        for key in idle:
+        for key in _IDLE[self.source]:
             if key in self.model_fields_set and getattr(self, key) is not None:
                 raise ValueError(f"{key} has no effect with source: {self.source}; remove it")
+        idle = sorted(_IDLE_RATIONALES.get(self.source, frozenset()) & self.rationales.model_fields_set)
+        if idle:
+            raise ValueError(f"rationales.{idle[0]} has no effect with source: {self.source}; remove it")
         if self.source == "recorded":
-            generation = {"examples", "shots", "max_input_tokens", "max_new_tokens"} & self.rationales.model_fields_set
-            if generation:
-                raise ValueError(f"rationales.{min(generation)} has no effect with source: recorded; remove it")
             if self.label is None or self.rationale is None:
                 raise ValueError("source is recorded but label or rationale is missing: give both as templates over a row's fields")
             return self
+        self._check_model()
+        self._check_tuning()
+        aligned = self.soft_labels is not None and self.soft_labels.format == "top_k"
+        if self.endpoint is not None and self.endpoint.tokenizer is not None and not aligned:
+            raise ValueError("endpoint.tokenizer has no effect unless soft_labels.format is top_k: remove it")
+        if self.soft_labels is not None:
+            self._check_soft_labels(self.soft_labels)
+        return self
+
+    def _check_model(self) -> None:
+        """A live teacher has a model, of a kind that its source can run."""
         if self.model is None:
-            raise ValueError("source is deepspeed but model is missing: give a hub id, a folder, a .gguf file or {from_scratch: ...}")
+            give = {
+                "deepspeed": "give a hub id, a folder, a .gguf file or {from_scratch: ...}",
+                "vllm": "give a hub id or a folder",
+                "endpoint": "give the name that the server knows it by",
+            }
+            raise ValueError(f"source is {self.source} but model is missing: {give[self.source]}")
         if isinstance(self.model, CutModel):
             raise ValueError("model is {cut_from: teacher}, but a teacher cannot be cut from itself: name a model")
+        if isinstance(self.model, ScratchModel) and self.source != "deepspeed":
+            raise ValueError(
+                f"model is from scratch, which only source: deepspeed can make and tune; with source: {self.source} name a model"
+            )
+        if self.source == "vllm" and str(self.model).endswith(".gguf"):
+            raise ValueError(
+                f"model is {self.model!r}, a .gguf file, but vllm reads hub ids and folders: name one, or set source to deepspeed"
+            )
+        if self.source == "endpoint" and self.endpoint is None:
+            raise ValueError("source is endpoint but endpoint is missing: add endpoint: {url: http://localhost:8000/v1}")
+
+    def _check_tuning(self) -> None:
+        """A model from scratch is tuned, and a tuned one is not asked as another model would be."""
         if isinstance(self.model, ScratchModel) and self.tune is None:
             raise ValueError(
                 "model has random weights and tune is missing: a teacher from scratch must be tuned on the task's gold solutions"
             )
-        if self.tune is not None and "max_input_tokens" in self.rationales.model_fields_set:
+        if self.tune is None:
+            return
+        if "max_input_tokens" in self.rationales.model_fields_set:
             raise ValueError("rationales.max_input_tokens has no effect on a tuned teacher: set tune.max_input_tokens, and remove it")
-        if self.tune is not None and self.rationales.examples is not None:
+        for key in ("examples", "chat"):
+            if key in self.rationales.model_fields_set and getattr(self.rationales, key) is not None:
+                raise ValueError(
+                    f"rationales.{key} has no effect on a tuned teacher, which learnt the form of its answer: remove one of them"
+                )
+
+    def _check_soft_labels(self, soft: SoftLabelsConfig) -> None:
+        """Which formats a source can give: all but `answers` need the model's own probabilities."""
+        if soft.format == "answers" and self.rationales.samples == 1:
+            raise ValueError("soft_labels.format is answers, how often each answer was drawn, but rationales.samples is 1: draw several")
+        if self.source == "deepspeed" or soft.format == "answers":
+            return
+        if self.endpoint is None or soft.format != "top_k":
+            formats = "answers or top_k" if self.source == "endpoint" else "answers"
             raise ValueError(
-                "rationales.examples has no effect on a tuned teacher, which learnt the form of its answer: remove one of them"
+                f"soft_labels.format is {soft.format}, which needs the model itself: with source: {self.source} use {formats}, "
+                "or set source to deepspeed"
             )
-        return self
+        if soft.k > MAX_SERVER_LOG_PROBS:
+            raise ValueError(
+                f"soft_labels.k is {soft.k}, but a server gives {MAX_SERVER_LOG_PROBS} log-probabilities a token at most: lower k"
+            )
+        if self.endpoint.tokenizer is None:
+            raise ValueError("soft_labels.format is top_k but endpoint.tokenizer is missing: name the tokenizer of the server's model")
+
+
+_IDLE: dict[str, tuple[str, ...]] = {
+    "recorded": ("model", "endpoint", "sharding", "batch_size", "tune", "soft_labels"),
+    "deepspeed": ("endpoint", "label", "rationale"),
+    "vllm": ("endpoint", "label", "rationale", "sharding", "batch_size", "tune"),
+    "endpoint": ("label", "rationale", "sharding", "batch_size", "tune"),
+}
+"""Keys of a teacher that do nothing with a source."""
+_IDLE_RATIONALES: dict[str, frozenset[str]] = {
+    "recorded": frozenset(RationalesConfig.model_fields) - {"keep", "drop_rows"},
+    "endpoint": frozenset({"chat", "max_input_tokens"}),  # `endpoint.api` chooses the form; without a tokenizer nothing is cut
+}
+"""Keys of `rationales` that do nothing with a source."""
 
 
 class StudentConfig(TrainingConfig):
