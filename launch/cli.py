@@ -8,6 +8,7 @@ stepdown predict runs/quickstart "Tom has 3 apples. He buys 4 more. How many app
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-        except BrokenPipeError:
+        except (BrokenPipeError, typer.Exit):  # an exit status is a RuntimeError to typer
             raise
         except (ValueError, RuntimeError, OSError) as error:
             if _show_traceback:
@@ -163,6 +164,41 @@ def predict(
     inputs = [line.rstrip("\n") for line in sys.stdin] if text == ["-"] else text
     for line in answer(find_run(run, output), inputs, target):
         print(line)
+
+
+records = typer.Typer(name="records", help="Look over the teacher's records, or have damaged ones written anew.", no_args_is_help=True)
+app.add_typer(records)
+
+
+@records.command("check")
+@_told
+def check_records(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Verify every shard of the records; exit status 1 if one is bad or missing."""
+    from rich.console import Console
+
+    from launch.config import load_config
+    from launch.records import check
+
+    if not check(load_config(config, overrides or ()), Console()):
+        print(f"`{_command('records repair', config, overrides)}` deletes what is bad and keeps the rest")
+        raise typer.Exit(1)
+
+
+@records.command("repair")
+@_told
+def repair_records(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Delete the bad shards only, so that the next run writes those and no others."""
+    from rich.console import Console
+
+    from launch.config import load_config
+    from launch.records import repair
+
+    if repair(load_config(config, overrides or ()), Console()):
+        print(f"now `{_command('run', config, overrides)}` writes what is missing")
+
+
+def _command(name: str, config: Path, overrides: list[str] | None) -> str:
+    return shlex.join(["stepdown", *name.split(), str(config), *(overrides or ())])
 
 
 @app.command()

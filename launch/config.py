@@ -66,13 +66,24 @@ class Config(Section):
             raise ValueError(
                 "student.loss.soft has a weight, but teacher.soft_labels is missing: add it (a recorded teacher has none), or set soft to 0"
             )
-        if isinstance(self.student.model, CutModel) and self.teacher.source == "recorded":
-            raise ValueError("student.model is {cut_from: teacher}, but a recorded teacher has no layers: name a model")
+        if isinstance(self.student.model, CutModel) and self.teacher.source in ("recorded", "endpoint"):
+            kind = "a recorded teacher has no layers" if self.teacher.source == "recorded" else "a server does not give its layers away"
+            raise ValueError(f"student.model is {{cut_from: teacher}}, but {kind}: name a model")
         uses_rationales = any(arm.rationale for arm in self.student.arms.values())
         if rationales.keep != "all" and not rationales.drop_rows and not uses_rationales:
             raise ValueError("teacher.rationales.keep has no effect while student.loss.rationale is 0: remove it, or add drop_rows: true")
         if self.task.rationale is not None and self.teacher.tune is None:
             raise ValueError("task.rationale has no effect without teacher.tune, which learns from it: remove it, or tune the teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _soft_labels_fit(self) -> Self:
+        soft = self.teacher.soft_labels
+        if soft is not None and soft.format == "choices" and self.task.metric != "choice":
+            raise ValueError(
+                f"teacher.soft_labels.format is choices, but task.metric is {self.task.metric}, whose examples have no answer choices: "
+                "set metric to choice and name the field that lists them in task.choices, or use format: answers, top_k or sampled"
+            )
         return self
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data.sealing import CODEC
 from data.tasks import fingerprint
 from launch.config import Config, hashed
 from launch.rundir import SHARED, run_folder
@@ -106,12 +107,15 @@ def _rungs(config: Config) -> dict[str, str]:
 
 def _teach_inputs(config: Config, table: Mapping[str, Stage]) -> dict[str, Any]:
     teacher = hashed(config.teacher, without=("model", "tune", "rationales"))
-    rationales = hashed(config.teacher.rationales, without=("keep", "drop_rows", "examples"))
+    rationales = hashed(config.teacher.rationales, without=("keep", "drop_rows", "examples", "temperature"))
+    rationales["temperature"] = config.teacher.rationales.sampling_temperature  # the same where left out and where written out
     examples = config.teacher.rationales.examples
     written = None if examples is None else _file_hash(Path(examples))
     tuned = table[TUNE].key if TUNE in table else None
     judged = {"metric": config.task.metric, "choices": config.task.choices}
-    return {**teacher, "rationales": rationales, "examples": written, "model": _model(config.teacher.model), "tuned": tuned, **judged}
+    # A store of another codec is not read: it gets a folder of its own.
+    asked = {"rationales": rationales, "examples": written, "codec": CODEC}
+    return {**teacher, **asked, "model": _model(config.teacher.model), "tuned": tuned, **judged}
 
 
 def _model(source: Any) -> Any:

@@ -6,27 +6,30 @@ torchrun --standalone --nproc-per-node 1 -m launch.worker RUN_FOLDER STAGE [STAG
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from data.tasks import Task, read_task
 from launch.agent import die_with_parent
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
 from launch.pipeline import TASK, TEACH, TUNE, Stage, stages, task_stage
-from launch.plan import cpu_teacher_plan, teacher_plan
-from launch.rundir import locked, writing
+from launch.plan import cpu_teacher_plan, teacher_plan, weight_bytes
+from launch.rundir import locked, run_folder, writing
 from train.artifacts import Artifact, Checkpoint, TaskFiles
 from train.config import Arm, DeployTarget
 from train.tracking import Tracker
 
 if TYPE_CHECKING:
     from train.engine import World
+    from train.teacher.live import Layout
 
-Sharding = Literal["replica", "tensor", "zero3"]
+_HOST_SHARE = 0.8
+"""Of a node's memory that an offloaded teacher may take."""
 
 
 def run_stages(config: Config, names: Sequence[str], world: World) -> None:
@@ -82,38 +85,50 @@ def _deploy(stage: Stage, config: Config, table: Mapping[str, Stage], world: Wor
     return artifact
 
 
-def _sharding(config: Config, tuned: Path | None, world: World) -> Sharding:
-    """`auto` resolved against the devices that are here."""
-    if config.teacher.sharding != "auto" or config.teacher.source == "recorded":
-        return config.teacher.sharding if config.teacher.sharding != "auto" else "replica"
-    if tuned is not None:
-        parameters: int | None = Checkpoint.read(tuned).num_parameters
-    else:
-        from train.models import num_parameters, skeleton
+def _layout(config: Config, tuned: Path | None, world: World) -> Layout:
+    """How the teacher lies on the devices, `auto` resolved against those that are here."""
+    from train.teacher.live import Layout
 
-        assert isinstance(config.teacher.model, str)
-        parameters = num_parameters(skeleton(config.teacher.model, "teacher.model"))
+    teacher = config.teacher
+    if teacher.source != "deepspeed" or teacher.sharding != "auto":
+        return Layout("replica" if teacher.sharding == "auto" else teacher.sharding)
+    parameters = _teacher_parameters(config, tuned)
     gpus = detect() if world.device.type == "cuda" else []
     if parameters is None:
-        return "replica"
-    if gpus:
-        plan = teacher_plan(parameters, min(gpu.memory_bytes for gpu in gpus), world.size, 1)
-    else:
+        return Layout()
+    if not gpus:
         plan = cpu_teacher_plan(parameters, memory_bytes(), world.size)
+    else:
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        plan = teacher_plan(parameters, min(gpu.memory_bytes for gpu in gpus), node, world.size // node)
+        # What the GPUs do not hold between them may lie in the hosts' memory, each node's share in its own.
+        if not plan.fits and weight_bytes(parameters, "bf16") * node // world.size < _HOST_SHARE * (memory_bytes() or 0):
+            return Layout("zero3", offload=True)
     if not plan.fits:
         raise ValueError(f"teacher.model does not fit: {plan.why}")
-    return plan.sharding
+    return Layout(plan.sharding, plan.tensor_degree if plan.sharding == "tensor" else None)
+
+
+def _teacher_parameters(config: Config, tuned: Path | None) -> int | None:
+    if tuned is not None:
+        return Checkpoint.read(tuned).num_parameters
+    from train.models import num_parameters, skeleton
+
+    assert isinstance(config.teacher.model, str)
+    return num_parameters(skeleton(config.teacher.model, "teacher.model"))
 
 
 def _teach(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
     from train.teacher import stage as teach
 
     tuned = table[TUNE].folder if TUNE in table else None
-    sharding = _sharding(config, tuned, world)
-    inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices, tuned, sharding)
+    layout = _layout(config, tuned, world)
+    resolved = run_folder(config) / RESOLVED
+    inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices, tuned, layout, resolved)
     with _tracker(stage, config, world)(0) as tracker:
-        made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed)
-        tracker.log(1, {"records": sum(made.rows.values()), "generated_tokens": made.generated_tokens, "seconds": made.seconds})
+        made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed, tracker=tracker)
+        rows = sum(made.rows.values())
+        tracker.log(rows, {"records": rows, "generated_tokens": made.generated_tokens, "seconds": made.seconds})
     return made
 
 
@@ -122,7 +137,9 @@ def _train(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
 
     live = str(table[TUNE].folder / "model") if TUNE in table else config.teacher.model
     assert live is None or isinstance(live, str)
-    inputs = student.StudentInputs(task, table[TEACH].folder, config.teacher.rationales, live)
+    server = config.teacher.endpoint
+    served = server.tokenizer if server is not None else None
+    inputs = student.StudentInputs(task, table[TEACH].folder, config.teacher.rationales, live, served)
     loss = config.student.arms[cast(Arm, stage.detail)]
     tracker = _tracker(stage, config, world)
     return student.run(

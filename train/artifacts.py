@@ -84,13 +84,21 @@ class Records(Artifact):
     """Rows of each split."""
     parseable: dict[str, int]
     agreeing: dict[str, int]
+    """Labels that are the gold one, without a hint."""
     generated_tokens: int = 0
     record_bytes: int = 0
     soft_label_tokens: int = 0
     sharding: str = "recorded"
+    """replica, tensor or zero3; where the teacher does not run in our processes, its source: recorded, endpoint or vllm."""
     tensor_degree: int = 1
     processes: int = 1
     seconds: float = 0.0
+    rationalized: dict[str, int] = field(default_factory=dict)
+    """Records of each split whose rationale was written with the gold label as a hint."""
+    unparseable: dict[str, int] = field(default_factory=dict)
+    """Labels that cannot be used, by reason, over all splits."""
+    mean_votes: float = 1.0
+    """Samples that gave a record's label, on average; 1 where one was drawn."""
 
 
 @dataclass(frozen=True, slots=True)

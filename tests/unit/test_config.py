@@ -209,7 +209,7 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
         ({"taks": {}}, "taks: unknown key; did you mean task?"),
         ({"student.epoch": 3}, "student.epoch: unknown key; did you mean epochs?"),
         ({"teacher.tune.learning_rat": 1}, "teacher.tune.learning_rat: unknown key; did you mean learning_rate?"),
-        ({"teacher.soft_labels.K_": 1}, "teacher.soft_labels.K_: unknown key; known keys here: format, k, on"),
+        ({"teacher.soft_labels.K_": 1}, "teacher.soft_labels.K_: unknown key; known keys here: draws, format, k, likelihood, on, temperature"),
         ({"student.model.d_modle": 3}, "student.model.d_modle: unknown key; did you mean d_model?"),
         ({"student.model": {"cut_from": "teacher", "layer": 3}}, None),
         (
@@ -350,10 +350,8 @@ def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
     assert load_config(path).student.loss == LossConfig(label=1.0, rationale=2.0)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: str(path.name))
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: str(path.name))
 def test_every_example_loads(path: Path) -> None:
-    if isinstance(yaml.safe_load(path.read_text()), list):
-        return  # few-shot examples, not a run
     assert load_config(path).name
 
 
@@ -492,7 +490,7 @@ def sections(kind: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type
 
 def test_every_key_has_a_description() -> None:
     found = list(sections(Config, set()))
-    assert len(found) == 15
+    assert len(found) == 16
     for section in found:
         for name, field in section.model_fields.items():
             assert (field.description or "").endswith("."), f"{section.__name__}.{name}"

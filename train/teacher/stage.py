@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from data.config import Metric
 from data.examples import TaskExample
-from data.prompts import TextFormat, few_shot_text, parse_solution
 from data.records import TeacherRecord
-from data.store import CHUNK, MANIFEST, check_complete, manifest, missing_chunks, read_records, shard_path, write_shard
+from data.store import MANIFEST, STORE, check_complete, manifest, read_records, shard_path, sweep, write_shard
+from data.store_check import Origin, check_store, refuse_bad
 from data.tasks import Task
 from train.artifacts import Records, write_json
 from train.config import TeacherConfig
-from train.engine import InferenceModel, World, place_for_inference
-from train.models import family_of, load_folder, load_model
+from train.engine import World
 from train.progress import StageProgress
-from train.teacher.generate import batches_by_length, generate
-from train.teacher.recorded import record_of, records
-from train.teacher.score import Solution, score
-from train.tokenization import decode, encoder, load_tokenizer, text_format
+from train.teacher.answers import reject_reason
+from train.teacher.claims import Chunk, missing
+from train.teacher.live import Layout, Live, open_live
+from train.teacher.opening import Recorded, open_prompts
+from train.teacher.recorded import records
+from train.teacher.tally import Tally
+from train.tracking import Tracker
 
 SPLITS = ("train", "test")
 
@@ -39,10 +41,12 @@ class TeacherInputs:
     choices_field: str | None
     tuned: Path | None
     """Folder of the tuned checkpoint (`model/` inside), or None."""
-    sharding: Literal["replica", "tensor", "zero3"]
+    layout: Layout = field(default_factory=Layout)
+    config_file: Path | None = None
+    """The run's configuration, by which a damaged store can be written anew."""
 
 
-def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World, *, seed: int) -> Records:
+def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World, *, seed: int, tracker: Tracker) -> Records:
     """Writes the records that are missing, then the manifest.
 
     Killed and called again, also with another number of processes, it writes only the chunks that are not there.
@@ -52,138 +56,110 @@ def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World
         inputs: the task, and where the tuned teacher lies.
         folder: of the record store.
         world: the processes.
-        seed: of a model with random weights.
+        seed: of the draws.
+        tracker: takes counts and rates as the teacher writes.
+
+    Raises:
+        RuntimeError: if a shard that is there is damaged, or another teacher's.
     """
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    sharding, degree = "recorded", 1
-    if config.source == "recorded":
+    splits: dict[str, Sequence[TaskExample]] = {split: getattr(inputs.task, split) for split in SPLITS}
+    prompts = open_prompts(config, inputs.tuned)
+    _open_store(folder, splits, prompts.origin, inputs.config_file, world)
+    absent = {split: missing(folder, split, examples, world) for split, examples in splits.items()}
+    sharding, degree = config.source if config.source != "deepspeed" else inputs.layout.sharding, inputs.layout.tensor_degree or 1
+    if isinstance(prompts, Recorded):
         if world.is_main:
-            _write_recorded(config, inputs, folder)
-    elif any(missing_chunks(folder, split, len(getattr(inputs.task, split))) for split in SPLITS):
-        writer = _open_teacher(config, inputs, folder, world, seed)
-        sharding, degree = writer.teacher.sharding, world.size if writer.teacher.sharding == "tensor" else 1
-        for split in SPLITS:
-            _write_live(writer, getattr(inputs.task, split), split, folder, world)
+            _write_recorded(config, inputs, absent, folder, prompts.origin)
+    elif any(absent.values()):
+        live = open_live(config, prompts, inputs.layout, inputs.metric, inputs.tuned, world, seed=seed)
+        if live.teacher is not None:
+            sharding, degree = live.teacher.sharding, live.teacher.degree
+        _write_live(live, absent, inputs, folder, prompts.origin, world, tracker)
     world.barrier()
-    return _finish(inputs.task, folder, world, sharding, degree, time.monotonic() - started)
+    return _finish(splits, inputs.metric, folder, world, _Run(sharding, degree, world.size, time.monotonic() - started))
 
 
-def _write_recorded(config: TeacherConfig, inputs: TeacherInputs, folder: Path) -> None:
-    for split in SPLITS:
-        examples: list[TaskExample] = getattr(inputs.task, split)
-        for chunk in missing_chunks(folder, split, len(examples)):
-            part = examples[chunk * CHUNK : (chunk + 1) * CHUNK]
-            write_shard(shard_path(folder, split, chunk), records(config, part, split, inputs.metric, inputs.choices_field))
+def _open_store(folder: Path, splits: Mapping[str, Sequence[TaskExample]], origin: Origin, config_file: Path | None, world: World) -> None:
+    """Nothing is added to a store with bad shards: whoever reads it later would learn from two teachers."""
+    error: Exception | None = None
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config_file is not None:
+            write_json(folder / STORE, {"config": os.path.relpath(config_file, folder)})
+        sweep(folder)
+        try:
+            refuse_bad(folder, check_store(folder, splits, origin))
+            # It spoke of a store that was whole; what is written from here on need not be the same on other hardware.
+            (folder / MANIFEST).unlink(missing_ok=True)
+        except RuntimeError as caught:
+            error = caught
+    world.agree(error)
+
+
+def _write_recorded(
+    config: TeacherConfig, inputs: TeacherInputs, absent: Mapping[str, Sequence[Chunk]], folder: Path, origin: Origin
+) -> None:
+    for chunk in itertools.chain(*absent.values()):
+        made = records(config, chunk.examples, chunk.split, inputs.metric, inputs.choices_field)
+        write_shard(shard_path(folder, chunk.split, chunk.number), made, origin.label(chunk.examples))
+
+
+def _write_live(
+    live: Live,
+    absent: Mapping[str, Sequence[Chunk]],
+    inputs: TeacherInputs,
+    folder: Path,
+    origin: Origin,
+    world: World,
+    tracker: Tracker,
+) -> None:
+    """Answers, scores and writes chunk by chunk; each process takes the next one when it has room."""
+    before = sum(len(getattr(inputs.task, s)) - sum(len(chunk.examples) for chunk in chunks) for s, chunks in absent.items())
+    for split, chunks in absent.items():
+        total = sum(len(chunk.examples) for chunk in chunks)
+        with StageProgress(f"teach ({split})", total, "records", enabled=world.is_main) as progress:
+            tally = Tally(world, inputs.metric, total, progress, tracker, before=before)
+            for chunk, answered in live.answers(chunks, world):
+                made = live.labelling.added(chunk, answered) if live.labelling is not None and split == "train" else answered
+                if chunk.kept and live.keeps:
+                    write_shard(shard_path(folder, split, chunk.number), made, origin.label(chunk.examples))
+                    tally.add(made)
+            tally.wait()
+        before += total
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
-    """A live teacher with all it needs to answer a chunk."""
+class _Run:
+    """How the records came about, beside what they hold."""
 
-    config: TeacherConfig
-    teacher: InferenceModel
-    tokenizer: PreTrainedTokenizerBase
-    form: TextFormat
-    metric: Metric
-
-    def answer(self, examples: Sequence[TaskExample], split: str) -> list[TeacherRecord]:
-        """Greedy answers, each with its label judged."""
-        encode = encoder(self.tokenizer)
-        prompts = [self.form.prompt_ids("solve", example.input, encode)[0] for example in examples]
-        found: dict[int, TeacherRecord] = {}
-        for positions in self._batches(prompts):
-            outputs = generate(self.teacher, self.form, [prompts[n] for n in positions], self.config.rationales.max_new_tokens)
-            for n, ids in zip(positions, outputs, strict=True):
-                text = decode(self.tokenizer, ids)
-                rationale, label = parse_solution(text)
-                found[n] = record_of(
-                    examples[n], split, self.metric, text=text, rationale=rationale, label=label, generated_tokens=len(ids)
-                )
-        return [found[n] for n in range(len(examples))]
-
-    def add_soft_labels(self, examples: Sequence[TaskExample], answered: Sequence[TeacherRecord]) -> list[TeacherRecord]:
-        """The same records with the teacher's distributions at the tokens of its rationale and of the gold label."""
-        soft = self.config.soft_labels
-        assert soft is not None
-        encode = encoder(self.tokenizer)
-        solutions = [
-            Solution(self.form.prompt_ids("solve", e.input, encode)[0], *self.form.solution_ids(r.rationale, e.label, encode))
-            for e, r in zip(examples, answered, strict=True)
-        ]
-        scored = list(answered)
-        for positions in self._batches([s.prompt_ids + s.rationale_ids for s in solutions]):
-            for n, (rationale, label) in zip(
-                positions, score(self.teacher, self.form, [solutions[n] for n in positions], soft.k), strict=True
-            ):
-                scored[n] = replace(
-                    answered[n],
-                    label_soft=label if soft.on in ("label", "both") else None,
-                    rationale_soft=rationale if soft.on in ("rationale", "both") else None,
-                )
-        return scored
-
-    def _batches(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        batches = list(batches_by_length(prompts, self.config.batch_size))
-        # In step, a short last chunk makes as many forwards as a full one: it answers its first prompt again.
-        return batches + [batches[0][:1]] * (-(-CHUNK // self.config.batch_size) - len(batches)) if self.teacher.in_step else batches
+    sharding: str
+    tensor_degree: int
+    processes: int
+    seconds: float
 
 
-def _open_teacher(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World, seed: int) -> _Writer:
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    if inputs.tuned is not None:
-        model, tokenizer, form = load_folder(inputs.tuned / "model", dtype=dtype)
-    else:
-        assert config.model is not None
-        tokenizer = load_tokenizer(config.model, texts=None, folder=None, key="teacher.model")
-        model = load_model(config.model, tokenizer, seed=seed, dtype=dtype, key="teacher.model")
-        shots = config.rationales.examples
-        form = text_format(
-            tokenizer,
-            family_of(model),
-            max_input_tokens=config.rationales.max_input_tokens,
-            max_label_tokens=config.rationales.max_new_tokens,
-            max_rationale_tokens=config.rationales.max_new_tokens,
-            few_shot=few_shot_text(Path(shots), config.rationales.shots) if shots else "",
-        )
-    return _Writer(config, place_for_inference(model, world, inputs.sharding), tokenizer, form, inputs.metric)
-
-
-def _write_live(writer: _Writer, examples: Sequence[TaskExample], split: str, folder: Path, world: World) -> None:
-    world.barrier()  # all processes must see the same chunks missing
-    missing = missing_chunks(folder, split, len(examples))
-    world.barrier()
-    group, groups = writer.teacher.group_rank, writer.teacher.num_groups
-    with StageProgress(f"teach ({split})", len(missing), "chunks", enabled=world.is_main) as progress:
-        for turn in range(0, len(missing), groups):
-            mine = turn + group < len(missing)
-            # Where all must step together, a process without a chunk repeats one and throws the result away.
-            if mine or writer.teacher.in_step:
-                chunk = missing[turn + group if mine else turn]
-                part = examples[chunk * CHUNK : (chunk + 1) * CHUNK]
-                answered = writer.answer(part, split)
-                if split == "train" and writer.config.soft_labels is not None:
-                    answered = writer.add_soft_labels(part, answered)
-                if mine and writer.teacher.is_writer:
-                    write_shard(shard_path(folder, split, chunk), answered)
-            progress.advance(min(groups, len(missing) - turn))
-
-
-def _finish(task: Task, folder: Path, world: World, sharding: str, degree: int, seconds: float) -> Records:
-    found = {split: read_records(folder, split) for split in SPLITS}
+def _finish(splits: Mapping[str, Sequence[TaskExample]], metric: Metric, folder: Path, world: World, run: _Run) -> Records:
+    found = {split: read_records(folder, split) for split in splits}
     for split, records_ in found.items():
-        check_complete(records_, [e.id for e in getattr(task, split)], folder)
+        check_complete(records_, [example.id for example in splits[split]], folder)
     if world.is_main:
         write_json(folder / MANIFEST, manifest(folder))
+    every = [record for records_ in found.values() for record in records_]
     return Records(
-        rows={split: len(r) for split, r in found.items()},
-        parseable={split: sum(x.parseable for x in r) for split, r in found.items()},
-        agreeing={split: sum(x.agrees for x in r) for split, r in found.items()},
-        generated_tokens=sum(x.generated_tokens for r in found.values() for x in r),
-        record_bytes=sum(p.stat().st_size for p in folder.glob("*.parquet")),
-        soft_label_tokens=sum(len(s) for r in found.values() for x in r for s in (x.label_soft, x.rationale_soft) if s is not None),
-        sharding=sharding,
-        tensor_degree=degree,
-        processes=world.size,
-        seconds=seconds,
+        rows=_count(found, lambda record: True),
+        parseable=_count(found, lambda record: record.parseable),
+        agreeing=_count(found, lambda record: record.agrees and not record.rationalized),
+        generated_tokens=sum(record.generated_tokens for record in every),
+        record_bytes=sum(path.stat().st_size for path in folder.glob("*.parquet")),
+        soft_label_tokens=sum(len(soft) for record in every for soft in (record.label_soft, record.rationale_soft) if soft is not None),
+        rationalized=_count(found, lambda record: record.rationalized),
+        unparseable=dict(Counter(reason for record in every if (reason := reject_reason(record, metric)) is not None)),
+        mean_votes=statistics.fmean(record.votes for record in every),
+        **asdict(run),
     )
+
+
+def _count(found: Mapping[str, Sequence[TeacherRecord]], counts: Callable[[TeacherRecord], bool]) -> dict[str, int]:
+    """How many records of each split count."""
+    return {split: sum(map(counts, records_)) for split, records_ in found.items()}
