@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.prompts import TextFormat
 from data.rows import TrainRow, TrainSequence
+from data.soft_labels import Sampled, SoftLabels, TopK
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +35,23 @@ class StudentBatch:
     """[N, L] bool: target tokens of labels."""
     rationale_mask: Tensor
     """[N, L] bool: target tokens of rationales."""
+    answer_weights: Tensor
+    """[N, L] float32: at each target token of one of the teacher's answers the answer's probability; 0 elsewhere."""
     soft_positions: Tensor
     """[M] int64: positions with a soft label, in the flattened [N * L]."""
     soft_ids: Tensor
-    """[M, k] int64."""
+    """[M, k] int64; of sampled ones k is the largest number of distinct ids, and shorter positions are filled up with id 0."""
     soft_log_probs: Tensor
-    """[M, k] float32."""
+    """[M, k] float32; -inf at an id that only fills up."""
+    soft_temperature: float | None
+    """Of sampled soft labels, whose probabilities add up to 1; None of top-k ones, which miss the mass of all other ids."""
 
     def to(self, device: torch.device) -> StudentBatch:
         """The same batch on a device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: value if value is None else value.to(device, non_blocking=True) for name, value in values.items()}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in values.items()
+        }
         return StudentBatch(**moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
@@ -53,8 +60,13 @@ class StudentBatch:
         return inputs if self.decoder_input_ids is None else {**inputs, "decoder_input_ids": self.decoder_input_ids}
 
     def token_counts(self) -> Tensor:
-        """[3] float64: target tokens of labels, of rationales, and with soft labels."""
-        return torch.stack([self.label_mask.sum(), self.rationale_mask.sum(), torch.tensor(len(self.soft_positions))]).to(torch.float64)
+        """[3] float64: target tokens of labels, of rationales, and with soft labels: what each loss is a mean over.
+
+        A token of one of the teacher's answers counts as much as it weighs: the answers of one question count together as one target of
+        the mean length, and answers of which one is certain count as a label does.
+        """
+        soft = len(self.soft_positions) + self.answer_weights.sum(dtype=torch.float64)
+        return torch.stack([self.label_mask.sum(), self.rationale_mask.sum(), soft]).to(torch.float64)
 
 
 def collate(sequences: Sequence[TrainSequence], text_format: TextFormat, decoder_start_id: int, *, num_masked: int = 0) -> StudentBatch:
@@ -72,18 +84,21 @@ def collate(sequences: Sequence[TrainSequence], text_format: TextFormat, decoder
     length = max(start + len(s.target_ids) for start, s in zip(starts, sequences, strict=True))
     input_ids, attention_mask = _padded(inputs, text_format.pad_id)
     targets = np.full((len(sequences), length), text_format.pad_id, dtype=np.int64)
-    masks = np.zeros((2, len(sequences), length), dtype=np.bool_)
+    # How much each target token counts as a label's, a rationale's and an answer's.
+    weights = np.zeros((3, len(sequences), length), dtype=np.float32)
     for n, (start, s) in enumerate(zip(starts, sequences, strict=True)):
         targets[n, start : start + len(s.target_ids)] = s.target_ids
-        masks[0 if s.is_label else 1, n, start : start + len(s.target_ids)] = n < len(sequences) - num_masked
+        kind = 0 if s.is_label else 1 if s.weight is None else 2
+        weights[kind, n, start : start + len(s.target_ids)] = (s.weight or 1.0) * (n < len(sequences) - num_masked)
     decoder = np.concatenate([np.full((len(sequences), 1), decoder_start_id), targets[:, :-1]], axis=1) if encoder_decoder else None
     return StudentBatch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         decoder_input_ids=torch.from_numpy(decoder) if decoder is not None else None,
         targets=torch.from_numpy(targets),
-        label_mask=torch.from_numpy(masks[0]),
-        rationale_mask=torch.from_numpy(masks[1]),
+        label_mask=torch.from_numpy(weights[0] > 0),
+        rationale_mask=torch.from_numpy(weights[1] > 0),
+        answer_weights=torch.from_numpy(weights[2]),
         **_soft_labels(sequences[: len(sequences) - num_masked], starts, length),
     )
 
@@ -98,7 +113,7 @@ def _padded(lists: Sequence[list[int]], pad_id: int) -> tuple[np.ndarray, np.nda
     return ids, mask
 
 
-def _soft_labels(sequences: Sequence[TrainSequence], starts: Sequence[int], length: int) -> dict[str, Tensor]:
+def _soft_labels(sequences: Sequence[TrainSequence], starts: Sequence[int], length: int) -> dict[str, Any]:
     # Soft labels of no token have lost their k in Parquet, and could not be joined with others.
     rows = [(n, s.soft) for n, s in enumerate(sequences) if s.soft is not None and len(s.soft)]
     if not rows:
@@ -106,13 +121,34 @@ def _soft_labels(sequences: Sequence[TrainSequence], starts: Sequence[int], leng
             "soft_positions": torch.zeros(0, dtype=torch.int64),
             "soft_ids": torch.zeros(0, 1, dtype=torch.int64),
             "soft_log_probs": torch.zeros(0, 1),
+            "soft_temperature": None,
         }
     positions = np.concatenate([n * length + starts[n] + np.arange(len(soft)) for n, soft in rows])
+    ids, log_probs, temperature = _probabilities([soft for _, soft in rows])
     return {
         "soft_positions": torch.from_numpy(positions.astype(np.int64)),
-        "soft_ids": torch.from_numpy(np.concatenate([soft.ids for _, soft in rows]).astype(np.int64)),
-        "soft_log_probs": torch.from_numpy(np.concatenate([soft.log_probs for _, soft in rows])),
+        "soft_ids": torch.from_numpy(ids.astype(np.int64)),
+        "soft_log_probs": torch.from_numpy(log_probs),
+        "soft_temperature": temperature,
     }
+
+
+def _probabilities(labels: Sequence[SoftLabels]) -> tuple[np.ndarray, np.ndarray, float | None]:
+    """Ids [M, k] and log-probabilities [M, k] of all positions, and the temperature of sampled ones."""
+    tops = [soft for soft in labels if isinstance(soft, TopK)]
+    sampled = [soft for soft in labels if isinstance(soft, Sampled)]
+    assert not (tops and sampled), "a record store holds one format of soft labels"
+    if tops:
+        return np.concatenate([soft.ids for soft in tops]), np.concatenate([soft.log_probs for soft in tops]), None
+    temperatures = {soft.temperature for soft in sampled}
+    assert len(temperatures) == 1, temperatures
+    distinct = np.concatenate([soft.distinct for soft in sampled])
+    drawn = np.arange(distinct.max()) < distinct[:, None]
+    ids = np.zeros(drawn.shape, dtype=np.int64)
+    log_probs = np.full(drawn.shape, -np.inf, dtype=np.float32)
+    ids[drawn] = np.concatenate([soft.ids for soft in sampled])
+    log_probs[drawn] = np.log(np.concatenate([soft.counts / soft.draws for soft in sampled]))
+    return ids, log_probs, temperatures.pop()
 
 
 @dataclass(frozen=True, slots=True)

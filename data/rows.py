@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.config import RationalesConfig
 from data.examples import TaskExample
 from data.prompts import Encode, Part, TextFormat
 from data.records import TeacherRecord
-from data.soft_labels import TopK
+from data.soft_labels import AnswerDistribution, SoftLabels
+
+LEAST_PROBABILITY = 1e-3
+"""Of an answer to learn: each costs a sequence of the batch. Less likely ones are left out, and the others' probabilities add up to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +24,19 @@ class TrainSequence:
     input_ids: list[int]
     target_ids: list[int]
     is_label: bool
-    """The target counts in the label's loss, else in the rationale's."""
-    soft: TopK | None = None
+    """The target counts in the label's loss, else in the rationale's; one with a weight in neither."""
+    soft: SoftLabels | None = None
     """Soft labels of the first tokens of the target."""
+    weight: float | None = None
+    """The teacher's probability of this target, one of its answers: it counts in the soft labels' loss, so much. None for the others."""
+
+    def __post_init__(self) -> None:
+        assert self.weight is None or (self.weight > 0 and not self.is_label and self.soft is None), self
 
 
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """What one example gives: up to two sequences."""
+    """What one example gives: its label, its rationale, and the answers of the teacher where it gave probabilities of them."""
 
     id: str
     sequences: tuple[TrainSequence, ...]
@@ -67,8 +75,9 @@ class RowBuilder:
     def __init__(self, text_format: TextFormat, encode: Encode) -> None:
         self.format = text_format
         self.encode = encode
-        names = ("rows", "label_rows", "rationale_rows", "soft_label_rows", "inputs_cut", "labels_cut", "rationales_cut")
-        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
+        kept = ("rows", "label_rows", "rationale_rows", "soft_label_rows", "answer_rows")
+        cut = ("inputs_cut", "labels_cut", "rationales_cut", "answers_cut")
+        self.counts: Counter[str] = Counter(dict.fromkeys((*kept, *cut), 0))
 
     def student_rows(
         self,
@@ -80,7 +89,7 @@ class RowBuilder:
         with_rationales: bool,
         with_soft_labels: bool,
     ) -> list[TrainRow]:
-        """Rows of the two tasks: `predict` -> label, `explain` -> rationale.
+        """Rows of the two tasks: `predict` -> label, `explain` -> rationale; and with soft labels `predict` -> each likely answer.
 
         Args:
             examples: what to learn.
@@ -88,7 +97,8 @@ class RowBuilder:
             rationales: `keep` and `drop_rows`.
             targets: whose labels.
             with_rationales: False for an arm that learns labels only.
-            with_soft_labels: attach the teacher's soft labels where it scored the very tokens of the target.
+            with_soft_labels: attach the teacher's soft labels where it scored the very tokens of the target, and add its answers,
+                whatever the label is.
         """
         rows = []
         for example in examples:
@@ -98,9 +108,13 @@ class RowBuilder:
             sequences = [self._label(example, chosen.label, soft)] if chosen.label is not None else []
             if chosen.rationale is not None and with_rationales:
                 sequences.append(self._rationale(example, chosen.rationale, soft))
+            if soft is not None and soft.answers is not None and sequences:
+                sequences += self._answers(sequences[0], soft.answers)
             if sequences:
                 rows.append(TrainRow(example.id, tuple(sequences)))
                 self.counts["rows"] += 1
+                if with_soft_labels:
+                    self.counts["rows_without_soft_labels"] += all(s.soft is None and s.weight is None for s in sequences)
         return rows
 
     def solution_rows(self, examples: Iterable[TaskExample]) -> list[TrainRow]:
@@ -126,6 +140,19 @@ class RowBuilder:
         soft = soft.cut(len(ids)) if soft is not None else None
         self.counts.update(label_rows=1, labels_cut=int(cut), soft_label_rows=int(soft is not None))
         return TrainSequence(self._input("predict", example.input), ids, True, soft)
+
+    def _answers(self, label: TrainSequence, distribution: AnswerDistribution) -> list[TrainSequence]:
+        """The likely answers to the label's input, each with its probability."""
+        pairs = zip(distribution.answers, distribution.probabilities, strict=True)
+        likely = [(answer, probability) for answer, probability in pairs if probability >= LEAST_PROBABILITY]
+        mass = sum(probability for _, probability in likely)
+        encoded = [self.format.label_ids(answer, self.encode) for answer, _ in likely]
+        self.counts.update(answer_rows=len(likely), answers_cut=sum(cut for _, cut in encoded), soft_label_rows=int(bool(likely)))
+        weights = [probability / mass for _, probability in likely]
+        return [
+            replace(label, target_ids=ids, is_label=False, soft=None, weight=weight)
+            for (ids, _), weight in zip(encoded, weights, strict=True)
+        ]
 
     def _rationale(self, example: TaskExample, rationale: str, record: TeacherRecord | None) -> TrainSequence:
         ids, cut = self.format.rationale_ids(rationale, self.encode)

@@ -24,6 +24,25 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[mask].float(), targets[mask], reduction="sum")
 
 
+def weighted_cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy in nats of each target times its weight, summed; computed in fp32.
+
+    With the weights p(a) of a teacher's answers a at each of their tokens this is the cross-entropy between the teacher's distribution
+    over answers and the student's over texts, as the log-probability of a text is the sum of its tokens'. It lies above the divergence
+    by the entropy of p, which no student can change.
+
+    Args:
+        logits: [N, L, V], any float dtype.
+        targets: [N, L] int64.
+        weights: [N, L] float32, at least 0.
+
+    Returns:
+        A scalar in fp32; 0 with a gradient path where every weight is 0.
+    """
+    counted = weights > 0
+    return (weights[counted] * F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")).sum()
+
+
 def top_k_forward_kl_sum(logits: Tensor, positions: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     """KL(teacher || student) in nats over k tokens and one bucket for all others, summed over M positions; in fp32.
 
@@ -47,6 +66,34 @@ def top_k_forward_kl_sum(logits: Tensor, positions: Tensor, ids: Tensor, log_pro
     missing = (1.0 - teacher.sum(dim=1)).clamp(min=0.0)
     student_missing = torch.scatter(student, 1, ids, float("-inf")).logsumexp(dim=1)
     return kl + (torch.xlogy(missing, missing) - missing * student_missing).sum()
+
+
+def sampled_forward_kl_sum(logits: Tensor, positions: Tensor, ids: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
+    """temperature^2 x KL(drawn || student) in nats, summed over M positions; in fp32.
+
+    `drawn` is how often each token came up among the teacher's draws. Its expectation is the teacher's distribution, so the gradient is
+    that of the full forward KL in expectation; no other divergence has an unbiased one. The value is larger than the full KL in
+    expectation, by what the entropy of the draws lacks, which no student can change. There is no missing mass: tokens that were not
+    drawn have probability 0.
+
+    Args:
+        logits: [N, L, V] of the student.
+        positions: [M] int64, positions in the flattened [N * L].
+        ids: [M, k] int64.
+        log_probs: [M, k] float32, log of the share of the draws; -inf at an id that only fills up.
+        temperature: of the distribution drawn from. The student's logits are divided by it, and the sum is multiplied by its square, so
+            that the gradient is as large as at temperature 1.
+
+    Returns:
+        A scalar in fp32, at least 0 up to rounding; 0 with a gradient path where M is 0.
+
+    Source:
+        Random Sampling KD, arXiv 2503.16870; Hinton et al. 2015, arXiv 1503.02531, section 2 (the square of the temperature).
+    """
+    student = F.log_softmax(logits.flatten(0, 1)[positions].float() / temperature, dim=-1)
+    drawn = log_probs.exp()
+    # xlogy, because 0 x -inf at an id that only fills up would be no number.
+    return temperature**2 * (torch.xlogy(drawn, drawn) - drawn * student.gather(1, ids)).sum()
 
 
 def exact_matches(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from data.rows import TrainRow
 from train.artifacts import Checkpoint
 from train.config import LossConfig, TrainingConfig
 from train.engine import TrainEngine, World
-from train.losses import cross_entropy_sum, exact_matches, top_k_forward_kl_sum
+from train.losses import cross_entropy_sum, exact_matches, sampled_forward_kl_sum, top_k_forward_kl_sum, weighted_cross_entropy_sum
 from train.models import num_parameters, save_model
 from train.progress import StageProgress
 from train.schedules import learning_rate
@@ -63,7 +63,9 @@ class TrainingRun:
     def micro_batching(self, world: World) -> tuple[int, int]:
         """Examples of a micro-batch, and micro-batches of a step, the same on every process."""
         share = -(-min(self.config.batch_size, len(self.rows)) // world.size)
-        auto = min(share, 32) if world.device.type == "cuda" else share
+        # Rows of more sequences than a label and a rationale take their memory from the number of rows.
+        widest = max(2, max(len(row.sequences) for row in self.rows))
+        auto = max(1, (min(share, 32) if world.device.type == "cuda" else share) * 2 // widest)
         size = auto if self.config.micro_batch_size == "auto" else min(self.config.micro_batch_size, share)
         return size, -(-share // size)
 
@@ -186,12 +188,22 @@ def train_checkpoint(
 
 
 def loss_sums(logits: Tensor, batch: StudentBatch) -> Tensor:
-    """[3] fp32: losses of label, rationale and soft labels, each summed over its own target tokens of this batch."""
+    """[3] fp32: losses of label, rationale and soft labels, each summed over its own target tokens of this batch.
+
+    The soft labels' loss is a divergence at the tokens that have a distribution, and a weighted cross-entropy at those of the teacher's
+    answers.
+    """
+    on_tokens = (logits, batch.soft_positions, batch.soft_ids, batch.soft_log_probs)
+    divergence = (
+        top_k_forward_kl_sum(*on_tokens)
+        if batch.soft_temperature is None
+        else sampled_forward_kl_sum(*on_tokens, temperature=batch.soft_temperature)
+    )
     return torch.stack(
         [
             cross_entropy_sum(logits, batch.targets, batch.label_mask),
             cross_entropy_sum(logits, batch.targets, batch.rationale_mask),
-            top_k_forward_kl_sum(logits, batch.soft_positions, batch.soft_ids, batch.soft_log_probs),
+            divergence + weighted_cross_entropy_sum(logits, batch.targets, batch.answer_weights),
         ]
     )
 

@@ -30,12 +30,15 @@ def drive(folder: Path, processes: int, *names: str) -> Logs:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Logs:
     runs = ("t5:0:auto", "t5:1:auto", "t5:1:auto#again", "t5:2:3", "t5:3:auto", "llama:1:auto", "llama:3:3")
-    return drive(tmp_path_factory.mktemp("one"), 1, *runs)
+    soft = ("t5:1:8:sampled", "t5:1:8:answers", "t5:1:3:answers", "llama:1:8:answers")
+    return drive(tmp_path_factory.mktemp("one"), 1, *runs, *soft)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Logs:
-    return drive(tmp_path_factory.mktemp("two"), 2, "t5:0:3", "t5:1:auto", "t5:2:1", "t5:3:3", "llama:2:auto")
+    runs = ("t5:0:3", "t5:1:auto", "t5:2:1", "t5:3:3", "llama:2:auto")
+    soft = ("t5:1:3:sampled", "t5:2:auto:answers", "llama:1:1:answers")
+    return drive(tmp_path_factory.mktemp("two"), 2, *runs, *soft)
 
 
 def numbers(log: list[dict[str, Any]], *keys: str) -> list[float]:
@@ -83,3 +86,25 @@ def test_a_decoder_only_student_agrees_too(one: Logs, two: Logs) -> None:
         expected = numbers(one["llama:1:auto"], key)
         assert numbers(one["llama:3:3"], key) == pytest.approx(expected, abs=1e-5)
         assert numbers(two["llama:2:auto"], key) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("whole", "split"),
+    [
+        ("t5:1:8:sampled", "t5:1:3:sampled"),
+        ("t5:1:8:answers", "t5:2:auto:answers"),
+        ("llama:1:8:answers", "llama:1:1:answers"),
+    ],
+)
+def test_draws_and_answers_too_are_learnt_alike_by_two_processes(one: Logs, two: Logs, whole: str, split: str) -> None:
+    for key in LOSSES:
+        assert numbers(two[split], key) == pytest.approx(numbers(one[whole], key), abs=1e-5)
+    assert numbers(two[split], "gradient_norm") == pytest.approx(numbers(one[whole], "gradient_norm"), rel=1e-4)
+    assert two[split][-1]["weights"] == pytest.approx(one[whole][-1]["weights"], rel=1e-5)
+    kinds = [numbers(one[run], "loss_soft") for run in (whole, whole.rpartition(":")[0].replace(":8", ":auto"))]
+    assert kinds[0][0] != pytest.approx(kinds[1][0], rel=1e-3)
+
+
+def test_micro_batches_of_answers_agree_in_one_process(one: Logs) -> None:
+    for key in LOSSES:
+        assert numbers(one["t5:1:3:answers"], key) == pytest.approx(numbers(one["t5:1:8:answers"], key), abs=1e-5)

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node N tests/integration/training_driver.py OUT.json RUN [RUN ...]
 
-A RUN is FAMILY:ZERO_STAGE:MICRO_BATCH_SIZE, such as t5:2:auto.
+A RUN is FAMILY:ZERO_STAGE:MICRO_BATCH_SIZE, such as t5:2:auto, or FAMILY:ZERO_STAGE:MICRO_BATCH_SIZE:SOFT with the soft labels top_k
+(where left out), sampled or answers.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.rows import TrainRow, TrainSequence
-from data.soft_labels import TopK
+from data.soft_labels import Sampled, SoftLabels, TopK
 from train.config import LossConfig, ScratchModel, StudentConfig, TrackingConfig
 from train.engine import World, start
 from train.models import family_of, load_model
-from train.teacher.score import top_k
 from train.tokenization import text_format, train_tokenizer
 from train.tracking import Tracker, read_log
 from train.trainer import TrainingRun, train_checkpoint
@@ -27,7 +28,7 @@ from train.trainer import TrainingRun, train_checkpoint
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-def rows(vocabulary: int, prompt_end: list[int]) -> list[TrainRow]:
+def rows(vocabulary: int, prompt_end: list[int], soft: str) -> list[TrainRow]:
     """37 rows of very unequal lengths, a third of them without a rationale, half with soft labels."""
     draw = random.Random(1)
 
@@ -38,25 +39,38 @@ def rows(vocabulary: int, prompt_end: list[int]) -> list[TrainRow]:
     for n in range(37):
         question = ids(2, 20)
         label = [*ids(1, 4), 1]
-        sequences = [TrainSequence([*question, *prompt_end], label, True, soft(label, vocabulary) if n % 2 else None)]
+        on_tokens = scored(label, vocabulary, soft) if n % 2 and soft != "answers" else None
+        sequences = [TrainSequence([*question, *prompt_end], label, True, on_tokens)]
         if n % 3:
             sequences.append(TrainSequence([*question, *prompt_end], [*ids(1, 25), 1], False))
+        if n % 2 and soft == "answers":
+            share = draw.uniform(0.1, 0.9)
+            sequences += [TrainSequence([*question, *prompt_end], [*ids(0, 6), 1], False, weight=w) for w in (share, 1 - share)]
         made.append(TrainRow(f"row{n}", tuple(sequences)))
     return made
 
 
-def soft(label: list[int], vocabulary: int) -> TopK:
+def scored(label: list[int], vocabulary: int, soft: str) -> SoftLabels:
     generator = torch.Generator().manual_seed(len(label))
-    return top_k(torch.randn(len(label), vocabulary, generator=generator), torch.tensor(label), 5)
+    logits = torch.randn(len(label), vocabulary, generator=generator)
+    log_probs = logits.log_softmax(dim=-1)
+    at_target = log_probs[torch.arange(len(label)), torch.tensor(label)].numpy()
+    if soft == "top_k":
+        values, best = log_probs.topk(5)
+        return TopK(best.to(torch.int32).numpy(), values.numpy(), at_target)
+    draws = torch.multinomial((2 * logits).softmax(-1), 20, replacement=True, generator=generator)
+    found = [torch.unique(row, return_counts=True) for row in draws]
+    ids, counts = (torch.cat(parts).to(torch.int32).numpy() for parts in zip(*found, strict=True))
+    return Sampled(ids, counts, np.array([len(row) for row, _ in found], np.int32), at_target, draws=20, temperature=0.5)
 
 
 def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
     """One training of 15 steps: 3 epochs of 5 batches of 8, the last batch short."""
-    family, zero_stage, micro = name.split("#")[0].split(":")
+    family, zero_stage, micro, soft = [*name.split("#")[0].split(":"), "top_k"][:4]
     tokenizer = train_tokenizer(WORDS, 300)
     model = load_model(ScratchModel(from_scratch=family, d_model=16, layers=2, heads=2, d_ff=32), tokenizer, seed=3, dtype=torch.float32)
     form = text_format(tokenizer, family_of(model), max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
-    data = rows(len(tokenizer), [1] if family == "t5" else [5])
+    data = rows(len(tokenizer), [1] if family == "t5" else [5], soft)
     config = StudentConfig.model_validate(
         {
             "model": "unused",

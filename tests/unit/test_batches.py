@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 from data.batches import Order, StudentBatch, collate, micro_batches
 from data.prompts import TextFormat
 from data.rows import TrainRow, TrainSequence
-from data.soft_labels import TopK
+from data.soft_labels import Sampled, SoftLabels, TopK
 
 EOS, PAD, START = 1, 0, 7
 T5 = TextFormat("encoder_decoder", EOS, PAD, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=16)
@@ -102,8 +102,69 @@ def test_a_batch_moves_whole() -> None:
     for form in (T5, LLAMA):
         moved = collate(SEQUENCES, form, START).to(torch.device("meta"))
         values = [getattr(moved, field.name) for field in dataclasses.fields(StudentBatch)]
-        assert {value.device.type for value in values if value is not None} == {"meta"}
+        assert {value.device.type for value in values if isinstance(value, Tensor)} == {"meta"}
+        assert moved.soft_temperature is None
         assert (moved.decoder_input_ids is None) == (form is LLAMA)
+
+
+def drawn(counts: list[list[int]], first: int = 50, temperature: float = 2.0) -> Sampled:
+    """Draws of `counts[position][n]`, with ids that count up from `first`."""
+    flat = [count for position in counts for count in position]
+    ids = np.arange(first, first + len(flat), dtype=np.int32)
+    distinct = np.array([len(position) for position in counts], np.int32)
+    return Sampled(ids, np.array(flat, np.int32), distinct, np.full(len(counts), -0.5, np.float32), sum(counts[0]), temperature)
+
+
+def test_draws_by_hand() -> None:
+    first = dataclasses.replace(SEQUENCES[0], soft=drawn([[4], [1, 2, 1]]))
+    second = dataclasses.replace(SEQUENCES[1], soft=drawn([[2, 2]], 60))
+    batch = collate([first, second], T5, START)
+    assert batch.soft_positions.tolist() == [0, 1, 4]
+    assert batch.soft_ids.tolist() == [[50, 0, 0], [51, 52, 53], [60, 61, 0]]
+    torch.testing.assert_close(batch.soft_log_probs.exp(), torch.tensor([[1, 0, 0], [0.25, 0.5, 0.25], [0.5, 0.5, 0]]))
+    assert batch.soft_log_probs[0].tolist() == [0, -math.inf, -math.inf]
+    assert batch.soft_temperature == 2.0
+    assert batch.token_counts().tolist() == [2, 4, 3]
+    assert batch.to(torch.device("cpu")).soft_temperature == 2.0
+    assert collate(SEQUENCES, T5, START).soft_temperature is None
+
+
+@pytest.mark.parametrize("other", [soft(1), drawn([[4]], temperature=1.0)])
+def test_a_batch_holds_one_kind_of_soft_labels(other: SoftLabels) -> None:
+    mixed = [dataclasses.replace(SEQUENCES[0], soft=drawn([[4]])), dataclasses.replace(SEQUENCES[1], soft=other)]
+    with pytest.raises(AssertionError):
+        collate(mixed, T5, START)
+
+
+ANSWERS = [TrainSequence([11, EOS], [21, EOS], False, weight=0.75), TrainSequence([11, EOS], [22, 23, EOS], False, weight=0.25)]
+
+
+@pytest.mark.parametrize("form", [T5, LLAMA], ids=["t5", "llama"])
+def test_answers_by_hand(form: TextFormat) -> None:
+    batch = collate([SEQUENCES[0], *ANSWERS], form, START)
+    label, first, second = batch.answer_weights.tolist()
+    before = 0 if form is T5 else 1
+    assert not any(label)
+    assert first[before:] == [0.75, 0.75] + [0] * (len(first) - before - 2)
+    assert second[before:] == [0.25, 0.25, 0.25] + [0] * (len(second) - before - 3)
+    assert batch.targets[batch.answer_weights > 0].tolist() == [21, EOS, 22, 23, EOS]
+    assert not (batch.label_mask | batch.rationale_mask)[1:].any()
+    # Two tokens with a distribution (the label's), 2 x 0.75 and 3 x 0.25 of answers.
+    assert batch.token_counts().tolist() == [2, 0, 2 + 2.25]
+
+
+@pytest.mark.parametrize(("num_masked", "soft_tokens"), [(0, 2.25), (1, 1.5), (2, 0)])
+def test_answers_that_only_fill_a_batch_weigh_nothing(num_masked: int, soft_tokens: float) -> None:
+    batch = collate(ANSWERS, T5, START, num_masked=num_masked)
+    assert batch.token_counts().tolist() == [0, 0, soft_tokens]
+
+
+def test_weights_are_counted_in_float64() -> None:
+    many = [dataclasses.replace(ANSWERS[0], weight=weight) for weight in [1.0, *[1e-3] * 300]]
+    together = collate(many, T5, START).token_counts()[2]
+    apart = sum(collate([s], T5, START).token_counts()[2] for s in many)
+    assert float(together) == pytest.approx(float(apart), rel=1e-14)
+    assert float(together) == pytest.approx(2.6, rel=1e-7)
 
 
 # Properties
@@ -115,22 +176,26 @@ sequences = st.builds(
     st.lists(tokens, max_size=5).map(lambda ids: [*ids, EOS]),
     st.booleans(),
 )
+answers = st.builds(dataclasses.replace, sequences, is_label=st.just(False), weight=st.floats(1e-3, 1.0))
+targets = sequences | answers
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(sequences, min_size=1, max_size=6), st.sampled_from([T5, LLAMA]), st.data())
+@given(st.lists(targets, min_size=1, max_size=6), st.sampled_from([T5, LLAMA]), st.data())
 def test_masks_partition_the_targets(rows: list[TrainSequence], form: TextFormat, data: st.DataObject) -> None:
     num_masked = data.draw(st.integers(0, len(rows)))
     batch = collate(rows, form, START, num_masked=num_masked)
-    assert not (batch.label_mask & batch.rationale_mask).any()
+    kinds = [batch.label_mask, batch.rationale_mask, batch.answer_weights > 0]
+    assert torch.stack(kinds).sum(dim=0).max() <= 1
     for n, row in enumerate(rows):
-        mask = batch.label_mask[n] | batch.rationale_mask[n]
+        mask = torch.stack(kinds)[:, n].any(dim=0)
         expected = row.target_ids if n < len(rows) - num_masked else []
         assert batch.targets[n][mask].tolist() == expected
         assert batch.attention_mask[n].sum() == len(row.input_ids) + (len(row.target_ids) - 1) * (form is LLAMA)
     learnt = rows[: len(rows) - num_masked]
     assert batch.label_mask.sum() == sum(len(s.target_ids) for s in learnt if s.is_label)
-    assert batch.rationale_mask.sum() == sum(len(s.target_ids) for s in learnt if not s.is_label)
+    assert batch.rationale_mask.sum() == sum(len(s.target_ids) for s in learnt if not s.is_label and s.weight is None)
+    assert float(batch.token_counts()[2]) == pytest.approx(sum(s.weight * len(s.target_ids) for s in learnt if s.weight is not None))
 
 
 def tiny(form: TextFormat) -> PreTrainedModel:

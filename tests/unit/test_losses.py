@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 from data.batches import collate
 from data.prompts import TextFormat
 from data.rows import TrainSequence
-from train.losses import cross_entropy_sum, exact_matches, top_k_forward_kl_sum
-from train.teacher.score import top_k
+from train.losses import cross_entropy_sum, exact_matches, sampled_forward_kl_sum, top_k_forward_kl_sum, weighted_cross_entropy_sum
 
 N, L, V = 3, 5, 11
 
@@ -64,7 +64,74 @@ def test_cross_entropy_of_no_target_is_zero_with_a_gradient() -> None:
     assert torch.equal(gradient, torch.zeros(N, L, V))
 
 
+# Answers of the teacher: cross-entropy with weights
+
+
+def test_the_cross_entropy_of_answers_by_hand() -> None:
+    # Two answers: one of a token that has 1/2, one of two tokens that have 1/2 and 1/4. 0.75 ln 2 + 0.25 (ln 2 + ln 4).
+    logits = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]], [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]]).log()
+    targets = torch.tensor([[0, 0], [1, 2]])
+    weights = torch.tensor([[0.75, 0.0], [0.25, 0.25]])
+    assert float(weighted_cross_entropy_sum(logits, targets, weights)) == pytest.approx(0.519860 + 0.519860, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cross_entropy_of_answers_is_that_of_torch_in_float64(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = random_logits(seed, N, L, V)
+    targets = torch.randint(V, (N, L), generator=generator)
+    weights = torch.rand(N, L, generator=generator) * (torch.rand(N, L, generator=generator) < 0.6)
+    value, gradient = value_and_gradient(lambda x: weighted_cross_entropy_sum(x, targets, weights), logits)
+    wanted, wanted_gradient = value_and_gradient(
+        lambda x: (F.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction="none") * weights.double().flatten()).sum(),
+        logits.double(),
+    )
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_an_answer_that_is_certain_costs_what_a_label_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = random_logits(0, N, L, V), torch.randint(V, (N, L), generator=generator)
+    mask = torch.rand(N, L, generator=generator) < 0.5
+    torch.testing.assert_close(weighted_cross_entropy_sum(logits, targets, mask.float()), cross_entropy_sum(logits, targets, mask))
+
+
+def test_no_answer_is_zero_with_a_gradient() -> None:
+    value, gradient = value_and_gradient(
+        lambda x: weighted_cross_entropy_sum(x, torch.zeros(N, L, dtype=torch.int64), torch.zeros(N, L)), random_logits(0, N, L, V)
+    )
+    assert float(value) == 0.0
+    assert torch.equal(gradient, torch.zeros(N, L, V))
+
+
+def test_a_student_with_its_teachers_distribution_over_answers_has_nothing_to_learn() -> None:
+    # A model of texts of two tokens out of three: one table of logits for the first token, one for the second after each first.
+    tables = random_logits(3, 4, 3)
+    texts = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    probabilities = (tables[0].log_softmax(-1)[texts[:, 0]] + tables[1:].log_softmax(-1)[texts[:, 0], texts[:, 1]]).exp()
+    assert float(probabilities.sum()) == pytest.approx(1)
+
+    def loss(tables: Tensor, weights: Tensor) -> Tensor:
+        return weighted_cross_entropy_sum(
+            torch.stack([tables[0].expand(9, 3), tables[1:][texts[:, 0]]], dim=1), texts, weights[:, None].expand(9, 2)
+        )
+
+    value, gradient = value_and_gradient(lambda x: loss(x, probabilities), tables)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
+    assert float(value) == pytest.approx(float(-torch.xlogy(probabilities, probabilities).sum()), rel=1e-5)
+    _, other = value_and_gradient(lambda x: loss(x, probabilities.flip(0)), tables)
+    assert other.abs().max() > 0.01
+
+
 # Soft labels: the reference works on whole distributions in float64
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [M, k] of the most probable tokens."""
+    values, ids = logits.log_softmax(-1).topk(k, dim=-1)
+    return ids, values
 
 
 def dense_kl(student: Tensor, teacher: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
@@ -84,8 +151,7 @@ def dense_kl(student: Tensor, teacher: Tensor, positions: Tensor, ids: Tensor) -
 def soft_case(seed: int, k: int, num_positions: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     student, teacher = random_logits(seed, N, L, V), random_logits(seed + 100, num_positions, V)
     positions = torch.randperm(N * L, generator=torch.Generator().manual_seed(seed))[:num_positions]
-    found = top_k(teacher, torch.zeros(num_positions, dtype=torch.int64), k)
-    return student, teacher, positions, torch.from_numpy(found.ids).long(), torch.from_numpy(found.log_probs)
+    return student, teacher, positions, *top_k(teacher, k)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, V - 1, V])
@@ -127,8 +193,7 @@ def test_a_bucket_hides_some_of_the_divergence_and_never_adds(seed: int, k: int)
 @pytest.mark.parametrize("k", [1, 4, V])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(k: int) -> None:
     logits = random_logits(1, 1, L, V)
-    found = top_k(logits[0], torch.zeros(L, dtype=torch.int64), k)
-    ids, log_probs = torch.from_numpy(found.ids).long(), torch.from_numpy(found.log_probs)
+    ids, log_probs = top_k(logits[0], k)
     value, gradient = value_and_gradient(lambda x: top_k_forward_kl_sum(x, torch.arange(L), ids, log_probs), logits)
     assert float(value) == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
@@ -168,11 +233,108 @@ def test_no_soft_label_is_zero_with_a_gradient(k: int) -> None:
     assert torch.equal(gradient, torch.zeros(N, L, V))
 
 
+# Soft labels that were drawn
+
+
+def draws_of(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [M, V] as ids and log-probabilities, filled up as in a batch."""
+    drawn = counts > 0
+    width = int(drawn.sum(dim=1).max())
+    inside = torch.arange(width) < drawn.sum(dim=1, keepdim=True)
+    ids, log_probs = torch.zeros(len(counts), width, dtype=torch.int64), torch.full((len(counts), width), float("-inf"))
+    ids[inside] = drawn.nonzero()[:, 1]
+    log_probs[inside] = (counts / counts.sum(dim=1, keepdim=True))[drawn].log()
+    return ids, log_probs
+
+
+def test_the_divergence_from_draws_by_hand() -> None:
+    # Drawn (3/4, 1/4, 0) against (1/4, 1/4, 1/2): 3/4 ln 3. At temperature 2 logits of twice the logarithms are the same student.
+    student = torch.tensor([[[0.25, 0.25, 0.5]]]).log()
+    ids, log_probs = torch.tensor([[0, 1, 0]]), torch.tensor([[0.75, 0.25, 0.0]]).log()
+    assert float(sampled_forward_kl_sum(student, torch.tensor([0]), ids, log_probs, 1.0)) == pytest.approx(0.823959, abs=1e-6)
+    assert float(sampled_forward_kl_sum(2 * student, torch.tensor([0]), ids, log_probs, 2.0)) == pytest.approx(4 * 0.823959, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_divergence_from_draws_is_that_of_torch_in_float64(seed: int, temperature: float) -> None:
+    student, teacher, positions, *_ = soft_case(seed, V)
+    draws = torch.multinomial(teacher.softmax(-1), 20, replacement=True, generator=torch.Generator().manual_seed(seed))
+    counts = F.one_hot(draws, V).sum(dim=1)
+    ids, log_probs = draws_of(counts)
+    assert (log_probs == float("-inf")).any()
+    value, gradient = value_and_gradient(lambda x: sampled_forward_kl_sum(x, positions, ids, log_probs, temperature), student)
+    wanted, wanted_gradient = value_and_gradient(
+        lambda x: (
+            temperature**2 * F.kl_div((x.flatten(0, 1)[positions] / temperature).log_softmax(-1), counts.double() / 20, reduction="sum")
+        ),
+        student.double(),
+    )
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), wanted, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_student_with_the_shares_of_the_draws_has_nothing_to_learn(temperature: float) -> None:
+    counts = torch.tensor([[1, 2, 4, 1], [5, 1, 1, 1]])
+    logits = temperature * (counts / 8).log()[None] + 3
+    value, gradient = value_and_gradient(lambda x: sampled_forward_kl_sum(x, torch.arange(2), *draws_of(counts), temperature), logits)
+    assert float(value) == pytest.approx(0, abs=1e-5)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_give_the_gradient_of_the_whole_distribution_in_expectation(temperature: float) -> None:
+    # All 64 outcomes of three draws from four tokens, each with its probability: an expectation without chance.
+    student, teacher = random_logits(0, 1, 1, 4, scale=1.0), random_logits(1, 4, scale=1.0)
+    p = (teacher / temperature).softmax(-1)
+    expected, own = torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)
+    for draws in itertools.product(range(4), repeat=3):
+        found = draws_of(F.one_hot(torch.tensor(draws), 4).sum(dim=0)[None])
+        _, gradient = value_and_gradient(lambda x, found=found: sampled_forward_kl_sum(x, torch.tensor([0]), *found, temperature), student)
+        _, at_teacher = value_and_gradient(
+            lambda x, found=found: sampled_forward_kl_sum(x, torch.tensor([0]), *found, temperature), teacher[None, None]
+        )
+        expected += p[list(draws)].prod() * gradient
+        own += p[list(draws)].prod() * at_teacher
+    _, wanted = value_and_gradient(
+        lambda x: temperature**2 * F.kl_div((x[0, 0] / temperature).log_softmax(-1), p, reduction="sum"), student
+    )
+    torch.testing.assert_close(expected, wanted, rtol=0, atol=1e-6)
+    # A student that is its teacher stays what it is, though no single set of draws leaves it alone.
+    torch.testing.assert_close(own, torch.zeros_like(own), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_draws_give_no_nan(scale: float) -> None:
+    counts = torch.tensor([[8, 0, 0], [0, 7, 1]])
+    logits = scale * torch.tensor([[[-1.0, 1.0, 0.0], [1.0, -1.0, -1.0]]])
+    value, gradient = value_and_gradient(lambda x: sampled_forward_kl_sum(x, torch.arange(2), *draws_of(counts), 1.0), logits)
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
+
+
+def test_no_draw_is_zero_with_a_gradient() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    value, gradient = value_and_gradient(
+        lambda x: sampled_forward_kl_sum(x, nothing, torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), 1.0),
+        random_logits(0, N, L, V),
+    )
+    assert float(value) == 0.0
+    assert torch.equal(gradient, torch.zeros(N, L, V))
+
+
 def test_losses_of_bf16_logits_are_computed_in_fp32() -> None:
     student, _, positions, ids, log_probs = soft_case(3, 4)
     half = student.bfloat16()
     targets, mask = torch.ones(N, L, dtype=torch.int64), torch.ones(N, L, dtype=torch.bool)
-    for loss in (lambda x: top_k_forward_kl_sum(x, positions, ids, log_probs), lambda x: cross_entropy_sum(x, targets, mask)):
+    for loss in (
+        lambda x: top_k_forward_kl_sum(x, positions, ids, log_probs),
+        lambda x: sampled_forward_kl_sum(x, positions, ids, log_probs, 2.0),
+        lambda x: cross_entropy_sum(x, targets, mask),
+        lambda x: weighted_cross_entropy_sum(x, targets, 0.5 * mask),
+    ):
         value, gradient = value_and_gradient(loss, half)
         assert (value.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
         assert torch.equal(value, loss(half.float()))
@@ -183,36 +345,13 @@ def test_losses_of_bf16_logits_are_computed_in_fp32() -> None:
 @pytest.mark.parametrize("student_scale", [1.0, 1e4])
 def test_extreme_logits_stay_finite(student_scale: float, teacher_scale: float, k: int) -> None:
     signs = torch.where(random_logits(5, L, V) > 0, 1.0, -1.0)
-    found = top_k(teacher_scale * signs, torch.zeros(L, dtype=torch.int64), k)
-    ids, log_probs = torch.from_numpy(found.ids).long(), torch.from_numpy(found.log_probs)
+    ids, log_probs = top_k(teacher_scale * signs, k)
     student = -student_scale * signs[None]
     targets, mask = torch.arange(L)[None], torch.ones(1, L, dtype=torch.bool)
     for loss in (lambda x: top_k_forward_kl_sum(x, torch.arange(L), ids, log_probs), lambda x: cross_entropy_sum(x, targets, mask)):
         value, gradient = value_and_gradient(loss, student)
         assert torch.isfinite(value)
         assert torch.isfinite(gradient).all()
-
-
-# What the teacher's side stores
-
-
-def test_top_k_by_hand() -> None:
-    logits = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.25, 0.125, 0.125, 0.5]]).log() + 7
-    found = top_k(logits, torch.tensor([0, 3]), 2)
-    assert found.ids.tolist() == [[1, 2], [3, 0]]
-    assert found.log_probs == pytest.approx(torch.tensor([[0.5, 0.25], [0.5, 0.25]]).log().numpy())
-    assert found.target_log_probs == pytest.approx(torch.tensor([0.125, 0.5]).log().numpy())
-    assert (str(found.ids.dtype), str(found.log_probs.dtype), str(found.target_log_probs.dtype)) == ("int32", "float32", "float32")
-
-
-def test_top_k_of_bf16_logits_is_normalized_in_fp32() -> None:
-    logits = random_logits(2, 4, 3000, scale=1.0).bfloat16()
-    found = top_k(logits, torch.zeros(4, dtype=torch.int64), 3000)
-    assert torch.from_numpy(found.log_probs).double().exp().sum(1) == pytest.approx([1.0] * 4, abs=1e-5)
-
-
-def test_top_k_takes_a_small_vocabulary_whole() -> None:
-    assert top_k(random_logits(0, 2, 5), torch.tensor([1, 2]), 32).ids.shape == (2, 5)
 
 
 # Exact matches without decoding

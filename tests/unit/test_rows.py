@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from itertools import product
 from typing import Literal
 
@@ -12,7 +13,7 @@ from data.examples import TaskExample
 from data.prompts import TextFormat
 from data.records import TeacherRecord
 from data.rows import Chosen, RowBuilder, TrainRow, choose
-from data.soft_labels import TopK
+from data.soft_labels import AnswerDistribution, Sampled, SoftLabels, TopK
 
 Targets = Literal["gold", "teacher"]
 
@@ -38,6 +39,13 @@ def soft(tokens: int) -> TopK:
     return TopK(
         np.arange(2 * tokens, dtype=np.int32).reshape(tokens, 2), np.full((tokens, 2), -1, np.float32), np.full(tokens, -1, np.float32)
     )
+
+
+def drawn(tokens: int) -> Sampled:
+    """One draw at the first token, two distinct ones at the second, and so on in turn."""
+    distinct = np.array([1 + n % 2 for n in range(tokens)], np.int32)
+    number = int(distinct.sum())
+    return Sampled(np.arange(number, dtype=np.int32), np.ones(number, np.int32), distinct, np.full(tokens, -1, np.float32), 2, 1.0)
 
 
 RECORDS = {
@@ -117,7 +125,7 @@ def test_rows_read_as_the_two_tasks() -> None:
 
 
 def test_what_was_done_is_counted() -> None:
-    none_cut = {"inputs_cut": 0, "labels_cut": 0, "rationales_cut": 0, "soft_label_rows": 0}
+    none_cut = {"inputs_cut": 0, "labels_cut": 0, "rationales_cut": 0, "answers_cut": 0, "soft_label_rows": 0, "answer_rows": 0}
     assert build()[1] == {"rows": 7, "label_rows": 7, "rationale_rows": 4, **none_cut}
     assert build(keep="agreeing")[1] == {"rows": 7, "label_rows": 7, "rationale_rows": 1, **none_cut}
     assert build(keep="parseable", drop_rows=True)[1] == {"rows": 2, "label_rows": 2, "rationale_rows": 2, **none_cut}
@@ -152,9 +160,15 @@ def test_arms_differ_in_their_rationales_only(knobs: dict[str, object], targets:
 
 
 def with_soft(
-    label: str, tokens: int, targets: Targets, *, wanted: bool = True, rationale: str = "because"
+    label: str,
+    tokens: int,
+    targets: Targets,
+    *,
+    wanted: bool = True,
+    rationale: str = "because",
+    make: Callable[[int], SoftLabels] = soft,
 ) -> tuple[TrainRow, dict[str, int]]:
-    scored = dataclasses.replace(record(label=label, rationale=rationale), label_soft=soft(tokens), rationale_soft=soft(40))
+    scored = dataclasses.replace(record(label=label, rationale=rationale), label_soft=make(tokens), rationale_soft=make(40))
     builder = RowBuilder(FORM, encode)
     rows = builder.student_rows([GOLD], {"e": scored}, RationalesConfig(), targets, with_rationales=True, with_soft_labels=wanted)
     return rows[0], dict(builder.counts)
@@ -170,9 +184,15 @@ def test_soft_labels_lie_on_the_tokens_that_the_teacher_scored() -> None:
     assert counts["soft_label_rows"] == 2
 
 
-def test_soft_labels_are_cut_with_their_target() -> None:
-    row, _ = with_soft("two", 9, "gold", rationale="r" * 60)
-    assert [len(s.soft) for s in row.sequences if s.soft is not None] == [4, 15]
+@pytest.mark.parametrize("make", [soft, drawn])
+def test_soft_labels_are_cut_with_their_target(make: Callable[[int], SoftLabels]) -> None:
+    row, _ = with_soft("two", 9, "gold", rationale="r" * 60, make=make)
+    label, rationale = (s.soft for s in row.sequences)
+    assert label is not None
+    assert rationale is not None
+    assert (len(label), len(rationale)) == (4, 15)
+    # Two stored ids a token, or 1, 2, 1, 2 drawn ones.
+    assert label.ids.ravel().tolist() == list(range(8 if make is soft else 6))
 
 
 def test_soft_labels_of_the_gold_label_are_not_put_on_another_one() -> None:
@@ -186,6 +206,62 @@ def test_soft_labels_of_the_gold_label_are_not_put_on_another_one() -> None:
 def test_an_arm_without_soft_labels_has_none() -> None:
     row, counts = with_soft("two", 4, "gold", wanted=False)
     assert ([s.soft for s in row.sequences], counts["soft_label_rows"]) == ([None, None], 0)
+
+
+ANSWERS = AnswerDistribution(("two", "three", "a long answer", "four"), (0.5, 0.25, 0.2496, 0.0004))
+
+
+def with_answers(
+    answers: AnswerDistribution | None = ANSWERS, targets: Targets = "gold", *, wanted: bool = True, **knobs: object
+) -> tuple[list[TrainRow], dict[str, int]]:
+    told = dataclasses.replace(record(label="three", agrees=False), answers=answers)
+    builder = RowBuilder(FORM, encode)
+    config = RationalesConfig.model_validate(knobs)
+    rows = builder.student_rows([GOLD], {"e": told}, config, targets, with_rationales=True, with_soft_labels=wanted)
+    return rows, {name: value for name, value in builder.counts.items() if value}
+
+
+@pytest.mark.parametrize("targets", ["gold", "teacher"])
+def test_each_likely_answer_is_a_target_with_its_probability(targets: Targets) -> None:
+    (row,), counts = with_answers(targets=targets)
+    label, rationale, *answers = row.sequences
+    assert (read(label.target_ids), label.weight) == ("two<e>" if targets == "gold" else "three<e>", None)
+    assert (read(rationale.target_ids), rationale.weight) == ("because<e>", None)
+    assert [(read(s.input_ids), read(s.target_ids), s.is_label) for s in answers] == [
+        ("predict: 1 + 1?<e>", "two<e>", False),
+        ("predict: 1 + 1?<e>", "three<e>", False),
+        ("predict: 1 + 1?<e>", "a lon<e>", False),
+    ]
+    # The fourth is below one in a thousand, and the rest are scaled to 1.
+    assert [s.weight for s in answers] == pytest.approx([0.5 / 0.9996, 0.25 / 0.9996, 0.2496 / 0.9996])
+    assert counts == {"rows": 1, "label_rows": 1, "rationale_rows": 1, "soft_label_rows": 1, "answer_rows": 3, "answers_cut": 1}
+
+
+@pytest.mark.parametrize("answers", [None, AnswerDistribution((), ()), AnswerDistribution(tuple("abc"), (0.0005, 0.0005, 0.0))])
+def test_an_example_without_a_likely_answer_has_no_soft_part_and_is_counted(answers: AnswerDistribution | None) -> None:
+    (row,), counts = with_answers(answers)
+    assert [s.weight for s in row.sequences] == [None, None]
+    assert counts == {"rows": 1, "label_rows": 1, "rationale_rows": 1, "rows_without_soft_labels": 1}
+
+
+def test_an_answer_does_not_take_over_the_soft_labels_of_the_label() -> None:
+    both = dataclasses.replace(record(), label_soft=soft(4), answers=ANSWERS)
+    rows = RowBuilder(FORM, encode).student_rows(
+        [GOLD], {"e": both}, RationalesConfig(), "gold", with_rationales=False, with_soft_labels=True
+    )
+    assert [s.soft is not None for s in rows[0].sequences] == [True, False, False, False]
+
+
+def test_an_arm_without_soft_labels_has_no_answers() -> None:
+    (row,), counts = with_answers(wanted=False)
+    assert len(row.sequences) == 2
+    assert counts == {"rows": 1, "label_rows": 1, "rationale_rows": 1}
+
+
+def test_a_row_that_is_left_out_is_left_out_with_its_answers() -> None:
+    assert with_answers(keep="agreeing", drop_rows=True) == ([], {})
+    (row,), _ = with_answers(keep="agreeing")
+    assert [s.weight is None for s in row.sequences] == [True, False, False, False]
 
 
 def test_a_teacher_is_tuned_on_rationale_mark_and_label_as_one_target() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.config import RationalesConfig
 from data.prompts import vocabulary_texts
+from data.records import TeacherRecord
 from data.rows import RowBuilder, TrainRow
 from data.store import read_records
 from data.tasks import Task
@@ -31,7 +32,9 @@ class StudentInputs:
     """Folder of the record store."""
     rationales: RationalesConfig
     teacher: str | None
-    """The live teacher's model: folder of the tuned one, else its name; None for a recorded teacher."""
+    """The live teacher's model: folder of the tuned one, else its name (a server's own name of it, too); None for a recorded teacher."""
+    served_tokenizer: str | None = None
+    """Of a teacher behind a server: the tokenizer by whose ids its soft labels are stored (`teacher.endpoint.tokenizer`)."""
 
 
 def run(
@@ -58,15 +61,14 @@ def run(
         open_tracker: gives the tracker, from a step.
 
     Raises:
-        ValueError: where no row has a target, or soft labels meet another vocabulary.
+        ValueError: where no row has a target, or soft labels of tokens meet another vocabulary.
     """
     source = config.model
     tokenizer = load_tokenizer(source, texts=vocabulary_texts(inputs.task.train), folder=inputs.teacher)
     model = load_model(source, tokenizer, seed=seed, dtype=torch.float32, teacher_folder=inputs.teacher, key="student.model")
-    if loss.soft:
-        assert inputs.teacher is not None, "the configuration asks for soft labels of a live teacher only"
-        check_same_vocabulary(tokenizer, load_tokenizer(inputs.teacher, texts=None, folder=None, key="teacher.model"))
-        _check_same_family(model, skeleton(inputs.teacher, "teacher.model"))
+    records = {record.id: record for record in read_records(inputs.records, "train")}
+    if loss.soft and _on_tokens(records.values()):
+        _check_same_tokens(model, tokenizer, inputs)
     form = text_format(
         tokenizer,
         family_of(model),
@@ -75,7 +77,6 @@ def run(
         max_rationale_tokens=config.max_rationale_tokens,
     )
     builder = RowBuilder(form, encoder(tokenizer))
-    records = {record.id: record for record in read_records(inputs.records, "train")}
     rows = builder.student_rows(
         inputs.task.train, records, inputs.rationales, config.targets, with_rationales=loss.rationale > 0, with_soft_labels=loss.soft > 0
     )
@@ -88,12 +89,25 @@ def run(
     )
 
 
-def _check_same_family(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _on_tokens(records: Iterable[TeacherRecord]) -> bool:
+    """The store holds distributions over token ids; distributions over answers are of texts, which any student can learn."""
+    return any(record.label_soft is not None or record.rationale_soft is not None for record in records)
+
+
+def _check_same_tokens(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: StudentInputs) -> None:
+    assert inputs.teacher is not None, "the configuration asks for soft labels of a live teacher only"
+    served = inputs.served_tokenizer
+    key = "teacher.endpoint.tokenizer" if served is not None else "teacher.model"
+    check_same_vocabulary(tokenizer, load_tokenizer(served or inputs.teacher, texts=None, folder=None, key=key))
+    # A server goes on with its prompt's text, as a decoder-only model does.
+    teacher_family = "decoder_only" if served is not None else family_of(skeleton(inputs.teacher, "teacher.model"))
+    student_family = family_of(student)
     # The families write a target differently (a decoder-only model starts it with a space): its tokens would not be those scored.
-    if family_of(student) != family_of(teacher):
+    if student_family != teacher_family:
         raise ValueError(
-            f"student.loss.soft needs a student of the teacher's family, but the teacher is {family_of(teacher)} and the student "
-            f"{family_of(student)}: choose a student like the teacher, or set soft to 0"
+            f"student.loss.soft needs a student of the teacher's family, but the teacher is {teacher_family} and the student "
+            f"{student_family}: choose a student like the teacher, set teacher.soft_labels.format to choices or answers, which are "
+            "texts, or set soft to 0"
         )
 
 
@@ -108,5 +122,6 @@ def _check_rows(rows: list[TrainRow], counts: Mapping[str, int], loss: LossConfi
         )
     if loss.soft and not counts["soft_label_rows"]:
         raise ValueError(
-            "student.loss.soft has a weight, but no row has soft labels: set teacher.soft_labels.on to what the student learns"
+            "student.loss.soft has a weight, but no row has soft labels: set teacher.soft_labels.on to what the student learns (formats "
+            "top_k and sampled), or see in the records why none could be made of what the teacher wrote"
         )
