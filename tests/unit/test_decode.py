@@ -12,11 +12,11 @@ import torch
 from train.config import ScratchModel
 from train.engine import InferenceModel, World, place_for_inference
 from train.models import load_model
+from train.teacher import decode, generate, trial
 from train.teacher import slots as slots_room
-from train.teacher import trial
 from train.teacher.attention import KeyValueCache, OneEach, UnsupportedAttention, attend, attending
 from train.teacher.decode import LoopWriter, _shared_prefix, token_bytes
-from train.teacher.generate import Decoding, PlainWriter
+from train.teacher.generate import Decoding, PlainWriter, open_writer
 from train.teacher.trial import reason_against
 from train.teacher.writing import Request, Sampling, Written
 from train.tokenization import text_format, train_tokenizer
@@ -179,3 +179,22 @@ def test_the_shared_prefix_is_what_nearly_all_begin_with() -> None:
 
 def test_bytes_of_a_token_are_those_of_the_cache(teacher: tuple[InferenceModel, Decoding]) -> None:
     assert token_bytes(teacher[0]) == 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, width, fp32
+
+
+def test_without_a_gpu_plain_generate_decodes(teacher: tuple[InferenceModel, Decoding]) -> None:
+    placed, decoding = teacher
+    writer = open_writer(placed, decoding.tokenizer, decoding.form, NoPrompts(), max_new_tokens=4, sampling=Sampling(), batch_size="auto")
+    assert isinstance(writer, PlainWriter)
+    assert writer.batch_size == 32
+
+
+def test_the_plain_batch_is_what_the_memory_holds(teacher: tuple[InferenceModel, Decoding], monkeypatch: pytest.MonkeyPatch) -> None:
+    placed, decoding = teacher
+    on_gpu = replace(placed, world=World(0, 1, torch.device("cuda")))
+    longest = decoding.form.max_input_tokens + decoding.max_new_tokens
+    monkeypatch.setattr(decode, "free_bytes", lambda _: 2 * 10 * longest * token_bytes(placed))
+    assert generate._plain_batch(on_gpu, decoding) == 10
+    monkeypatch.setattr(decode, "free_bytes", lambda _: 1)
+    assert generate._plain_batch(on_gpu, decoding) == 1
+    monkeypatch.setattr(decode, "free_bytes", lambda _: 1 << 50)
+    assert generate._plain_batch(on_gpu, decoding) == 256

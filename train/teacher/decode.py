@@ -129,7 +129,7 @@ class LoopWriter:
         assert self._prefix is not None
         num = most
         if self._by_memory:
-            num = self._agreed(max(1, min(most, _free_bytes(self.teacher) // (capacity * token_bytes(self.teacher)))))
+            num = self._agreed(max(1, min(most, free_bytes(self.teacher) // (capacity * token_bytes(self.teacher)))))
         return Slots(self.teacher, self.decoding, num, capacity, self._prefix)
 
     def _agreed(self, value: int) -> int:
@@ -180,7 +180,8 @@ def token_bytes(teacher: InferenceModel) -> int:
     return int(2 * config.num_hidden_layers * -(-heads // parts) * width * next(teacher.model.parameters()).element_size())
 
 
-def _free_bytes(teacher: InferenceModel) -> int:
+def free_bytes(teacher: InferenceModel) -> int:
+    """Memory of this process's device that keys and values may take."""
     if teacher.world.device.type != "cuda":
         return 1 << 33
     torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ from train.teacher.draws import draw_keys, gumbel
 from train.teacher.writing import Request, Sampling, Writer, Written
 
 _CPU_BATCH = 32
+_GPU_BATCH = 256
 CHECK_EVERY = 8
 """Steps between two looks for rows that have ended, where looking makes the device wait."""
 
@@ -156,7 +157,17 @@ def open_writer(
             return LoopWriter(teacher, decoding, prompts, batch_size=batch_size)
         if teacher.world.is_main:
             logging.getLogger(__name__).warning("teacher: decoding with plain generate, because %s", reason)
-    return PlainWriter(teacher, decoding, prompts, batch_size=_CPU_BATCH if batch_size == "auto" else batch_size)
+    return PlainWriter(teacher, decoding, prompts, batch_size=_plain_batch(teacher, decoding) if batch_size == "auto" else batch_size)
+
+
+def _plain_batch(teacher: InferenceModel, decoding: Decoding) -> int:
+    """Requests that half of a GPU's free memory holds at their longest, as `generate` copies its cache when that grows; 32 on a CPU."""
+    if teacher.world.device.type != "cuda":
+        return _CPU_BATCH
+    from train.teacher.decode import free_bytes, token_bytes
+
+    longest = decoding.form.max_input_tokens + decoding.max_new_tokens
+    return max(1, min(_GPU_BATCH, free_bytes(teacher) // 2 // (longest * token_bytes(teacher))))
 
 
 class PlainWriter:
