@@ -23,7 +23,7 @@ from launch import plots
 from launch import report_html as words
 from launch.ladder import LEVEL, SAMPLES, Report, Rung, Sample
 from launch.report_html import Page, Plot, Section, Table
-from train.artifacts import write_json
+from train.artifacts import Records, write_json
 
 _GAP = 2
 
@@ -135,12 +135,57 @@ def _teacher_section(report: Report) -> Section:
             ["Tokens/s", words.rate(records.generated_tokens / seconds if seconds else None)],
             ["Soft-label tokens", words.count(records.soft_label_tokens or None)],
             ["Records on disk", words.num_bytes(records.record_bytes or None)],
+            ["Bytes on disk a soft-label token, texts included", words.rate(_bytes_a_soft_token(records))],
+            ["Unusable labels", _unusable(records)],
+            ["Training rationales written with a hint", _hinted(report, records)],
+            ["Samples that agree, mean", _agreement(report, records)],
             ["Sharding", records.sharding],
             ["Tensor degree", str(records.tensor_degree)],
             ["Processes", str(records.processes)],
         ]
         tables.append(Table(["Records", ""], facts))
     return Section("The teacher's records", [], tables, [], [])
+
+
+def _teacher_words(report: Report) -> str | None:
+    """The teacher's section in a sentence, for the terminal; None where there is nothing to say."""
+    if (records := report.records) is None:
+        return None
+    parts = []
+    if records.parseable != records.rows:
+        parts.append(f"labels that could not be used: {_unusable(records)}, of {sum(records.rows.values()):,}")
+    if _asked(report).get("rationalize"):
+        parts.append(f"training rationales written with a hint: {_hinted(report, records)}")
+    if _asked(report).get("samples", 1) > 1:
+        parts.append(f"samples that agree: {_agreement(report, records)} on average")
+    if (size := _bytes_a_soft_token(records)) is not None:
+        parts.append(f"soft labels of {records.soft_label_tokens:,} tokens, {words.rate(size)} bytes on disk each with all texts")
+    return f"The teacher's records: {'; '.join(parts)}." if parts else None
+
+
+def _asked(report: Report) -> dict[str, Any]:
+    rationales: dict[str, Any] = report.config.get("teacher", {}).get("rationales", {})
+    return rationales
+
+
+def _unusable(records: Records) -> str:
+    number = sum(records.rows.values()) - sum(records.parseable.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(records.unparseable.items()))
+    return f"{number:,} ({reasons})" if reasons else f"{number:,}"
+
+
+def _hinted(report: Report, records: Records) -> str:
+    asked = _asked(report).get("rationalize")
+    return _of(records.rationalized.get("train"), records.rows.get("train")) if asked else words.MISSING
+
+
+def _agreement(report: Report, records: Records) -> str:
+    samples = _asked(report).get("samples", 1)
+    return f"{records.mean_votes:.1f} of {samples}" if samples > 1 else words.MISSING
+
+
+def _bytes_a_soft_token(records: Records) -> float | None:
+    return records.record_bytes / records.soft_label_tokens if records.soft_label_tokens else None
 
 
 def _of(part: int | None, total: int | None) -> str:
@@ -245,7 +290,8 @@ def terminal_table(report: Report, console: Console) -> None:
     console.print(table)
     console.print()
     # In a pipe or a file a sentence stays one line, which can be searched; a terminal gets it broken between words.
-    for sentence in report.summary:
+    told = _teacher_words(report)
+    for sentence in [*report.summary, *([told] if told is not None else [])]:
         console.print(Text(sentence), soft_wrap=not styled)
     for warning in report.warnings:
         console.print(Text(f"Warning: {warning}", style="yellow" if styled else ""), soft_wrap=not styled)

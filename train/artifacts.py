@@ -98,7 +98,7 @@ class Records(Artifact):
     unparseable: dict[str, int] = field(default_factory=dict)
     """Labels that cannot be used, by reason, over all splits."""
     mean_votes: float = 1.0
-    """Samples that gave a record's label, on average; 1 where one was drawn."""
+    """Samples that gave a record's label, on average over the usable ones; 1 where one was drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class EvalResult(Artifact):
 
     rung: str
     runtime: str
-    """What answered: transformers, ctranslate2, deepspeed, or recorded."""
+    """What answered: transformers, ctranslate2, or the teacher's source (deepspeed, vllm, endpoint, recorded)."""
     num_items: int
     num_correct: int
     num_unparseable: int

@@ -243,7 +243,9 @@ def _answered_by(request: EvalRequest) -> str:
     if request.runtime != "records":
         return request.runtime
     assert request.records_folder is not None
-    return "recorded" if Records.read(Path(request.records_folder)).sharding == "recorded" else "deepspeed"
+    # Where the teacher did not run in our processes, this is its source.
+    sharding = Records.read(Path(request.records_folder)).sharding
+    return "deepspeed" if sharding in ("replica", "tensor", "zero3") else sharding
 
 
 def _test_split(task_folder: Path) -> list[TaskExample]:

@@ -139,6 +139,23 @@ def test_a_recorded_teacher_is_scored_on_its_records(request_: EvalRequest, tmp_
     assert lines[0] == {"id": "a", "answer": "why Answer: 4", "parsed": "4", "correct": True, "agrees": None}
 
 
+@pytest.mark.parametrize(
+    ("sharding", "runtime"),
+    [
+        ("recorded", "recorded"),
+        ("endpoint", "endpoint"),
+        ("vllm", "vllm"),
+        ("replica", "deepspeed"),
+        ("tensor", "deepspeed"),
+        ("zero3", "deepspeed"),
+    ],
+)
+def test_the_result_names_who_answered(request_: EvalRequest, tmp_path: Path, sharding: str, runtime: str) -> None:
+    records = Records(rows={"test": 4}, parseable={"test": 3}, agreeing={"test": 2}, sharding=sharding)
+    records.write(tmp_path / "records")
+    assert run(request_).runtime == runtime
+
+
 @pytest.fixture
 def parrot(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Every model that is opened is a parrot; what it was opened with."""

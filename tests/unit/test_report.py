@@ -313,6 +313,50 @@ def test_what_was_not_measured_is_a_dash(inputs: ReportInputs, tmp_path: Path) -
     assert "A dashed line is a rung whose size is not known." in html
 
 
+def test_what_the_teacher_was_asked_is_counted_on_the_page_and_in_the_terminal(inputs: ReportInputs, tmp_path: Path) -> None:
+    records = Records(
+        {"train": 4000, "test": 10}, {"train": 3985, "test": 10}, {"train": 3000, "test": 9}, generated_tokens=500_000,
+        record_bytes=1_300_000, soft_label_tokens=40_000, sharding="replica", rationalized={"train": 320, "test": 0},
+        unparseable={"not a number": 3, "no answer": 12}, mean_votes=3.4167,
+    )  # fmt: skip
+    config = {"teacher": {"source": "deepspeed", "rationales": {"samples": 5, "rationalize": True}}}
+    report = build(dataclasses.replace(inputs, records=records, config=config))
+    values, _, html = written(report, tmp_path / "out")
+    cells = [row for table in Tables(html).tables for row in table]
+    for row in (
+        ["Bytes on disk a soft-label token, texts included", "32.5"],
+        ["Unusable labels", "15 (12 no answer, 3 not a number)"],
+        ["Training rationales written with a hint", "320 (8.0 %)"],
+        ["Samples that agree, mean", "3.4 of 5"],
+    ):
+        assert row in cells
+    told = (
+        "The teacher's records: labels that could not be used: 15 (12 no answer, 3 not a number), of 4,010; training rationales written "
+        "with a hint: 320 (8.0 %); samples that agree: 3.4 of 5 on average; soft labels of 40,000 tokens, 32.5 bytes on disk each with "
+        "all texts."
+    )
+    assert said(report)[-1 - len(report.warnings)] == told
+    assert values["records"]["unparseable"] == {"not a number": 3, "no answer": 12}
+
+
+def test_nothing_is_said_of_records_that_have_nothing_to_tell(inputs: ReportInputs, tmp_path: Path) -> None:
+    report = build(dataclasses.replace(inputs, records=Records({"train": 10}, {"train": 10}, {"train": 9})))
+    _, _, html = written(report, tmp_path / "out")
+    cells = [row for table in Tables(html).tables for row in table]
+    assert ["Unusable labels", "0"] in cells
+    for fact in ("Bytes on disk a soft-label token, texts included", "Training rationales written with a hint", "Samples that agree, mean"):
+        assert [fact, "-"] in cells
+    assert not [line for line in said(report) if line.startswith("The teacher")]
+
+
+def said(report: Report) -> list[str]:
+    """What the terminal shows, by line."""
+    console = Console(width=120, force_terminal=False)
+    with console.capture() as capture:
+        terminal_table(report, console)
+    return capture.get().splitlines()
+
+
 def test_the_shortest_ladder_is_one_rung_that_got_nothing_right(inputs: ReportInputs, tmp_path: Path) -> None:
     alone = evaluation(tmp_path / "alone", "teacher", "0", weight_bytes=None)
     bare = dataclasses.replace(inputs, rungs=[alone], records=None, checkpoints={}, deployed={}, provenance={}, test_file=None)
