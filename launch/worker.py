@@ -125,7 +125,7 @@ def _teach(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
     layout = _layout(config, tuned, world)
     resolved = run_folder(config) / RESOLVED
     inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices, tuned, layout, resolved)
-    with _tracker(stage, config, world)(0) as tracker:
+    with _tracker(stage, config, world)(teach.most_written(stage.folder)) as tracker:
         made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed, tracker=tracker)
         rows = sum(made.rows.values())
         tracker.log(rows, {"records": rows, "generated_tokens": made.generated_tokens, "seconds": made.seconds})
@@ -166,11 +166,13 @@ def main(arguments: Sequence[str]) -> int:
     folder, *names = arguments
     config = load_config(Path(folder) / RESOLVED)
     world = start(config.launch.device)
+    tell = world.counter()
     try:
         with writing(Path(folder)):
             run_stages(config, names, world)
     except (ValueError, RuntimeError) as error:
-        if world.is_main or not str(error).startswith("stopped because"):
+        # Often all processes meet the same one: they read the same files.
+        if not str(error).startswith("stopped because") and tell(1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     stop()

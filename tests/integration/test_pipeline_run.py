@@ -6,12 +6,16 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from data.records import TeacherRecord
+from data.store import read_records
+from data.tasks import read_task
 from launch.rundir import read_stages
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -109,6 +113,85 @@ def test_soft_labels_of_another_vocabulary_are_refused(folder: Path, start: Star
     output = output_of(start(folder, "run", "tiny.yaml", "student.model.vocabulary=320", "student.baselines=[]", "name=bad"), status=1)
     assert "error: student.loss.soft needs one vocabulary" in output
     assert "Traceback" not in output
+
+
+def records_of(folder: Path, split: str) -> list[TeacherRecord]:
+    return read_records(read_stages(folder / "runs" / "tiny")["teach"], split)
+
+
+def counts_of(folder: Path) -> dict[str, int]:
+    """What the student really trained on."""
+    trained = read_stages(folder / "runs" / "tiny")["train.step_by_step_soft"]
+    counts: dict[str, int] = json.loads((trained / "artifact.json").read_text())["counts"]
+    return counts
+
+
+def answering(config: dict[str, Any], family: str, **rationales: Any) -> dict[str, Any]:
+    """The configuration with a teacher that is tuned until it mostly closes with an answer."""
+    chosen = deepcopy(config)
+    chosen["teacher"] |= {
+        "model": {"from_scratch": family, "d_model": 32, "layers": 1, "heads": 2, "vocabulary": 300},
+        "tune": {"epochs": 12, "batch_size": 16, "learning_rate": 1e-2},
+        "rationales": {"max_new_tokens": 32, **rationales},
+    }
+    chosen["student"] |= {"baselines": []}
+    chosen["evaluate"] = {"timed_examples": 1}
+    return chosen
+
+
+def test_a_student_of_another_family_learns_the_answers_its_teacher_drew(tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    config = answering(tiny, "llama", samples=3, rationalize=True)
+    config["task"]["arithmetic"] |= {"train_rows": 150, "test_rows": 8}
+    config["teacher"]["soft_labels"] = {"format": "answers"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    output = output_of(start(tmp_path, "train", "tiny.yaml"))
+    assert "teach: 158 records" in output
+
+    records = records_of(tmp_path, "train")
+    drawn = [record for record in records if record.answers is not None]
+    assert len(drawn) > 50
+    assert all(sum(record.answers.probabilities) == pytest.approx(1.0) for record in drawn if record.answers is not None)
+    assert all(record.agrees and record.rationale for record in records if record.rationalized)
+    assert not any(record.rationalized or record.answers is not None for record in records_of(tmp_path, "test"))
+    counts = counts_of(tmp_path)
+    assert (counts["label_rows"], counts["soft_label_rows"]) == (150, len(drawn))
+    assert counts["answer_rows"] == sum(len(record.answers.answers) for record in drawn if record.answers is not None)
+
+
+@pytest.mark.slow
+def test_drawn_tokens_become_a_student(tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    config = answering(tiny, "llama", samples=3, rationalize=True)
+    config["teacher"]["soft_labels"] = {"on": "both", "format": "sampled", "draws": 10}
+    config["student"]["model"] = {"cut_from": "teacher", "layers": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    output_of(start(tmp_path, "run", "tiny.yaml", "launch.cpu_processes=2"))
+    records = records_of(tmp_path, "train")
+    hinted = [record for record in records if record.rationalized]
+    assert hinted
+    assert all(record.rationale_soft is not None and record.label_soft is None for record in hinted)
+    assert all(record.label_soft is not None for record in records if not record.rationalized)
+    counts = counts_of(tmp_path)
+    assert counts["soft_label_rows"] == 300 - len(hinted) + counts["rationale_rows"]
+
+
+@pytest.mark.slow
+def test_probabilities_of_choices_become_a_student_of_another_family(tmp_path: Path, tiny: dict[str, Any], start: Start) -> None:
+    words = ["apple", "river", "stone", "cloud", "horse"]
+    rows = [{"q": f"{a} or {b}?", "choices": [a, b], "label": a, "why": f"It is {a}."} for a in words for b in words if a != b]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = answering(tiny, "llama")
+    fields = {"input": "{q}", "label": "{label}", "rationale": "{why}", "choices": "choices", "metric": "choice"}
+    config["task"] = {"train": "rows.jsonl", "test": "rows.jsonl", **fields}
+    config["teacher"]["soft_labels"] = {"format": "choices", "likelihood": "mean"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    output_of(start(tmp_path, "run", "tiny.yaml"))
+    records = records_of(tmp_path, "train")
+    task = read_task(read_stages(tmp_path / "runs" / "tiny")["task"])
+    choices = {example.id: list(example.choices) for example in task.train}
+    assert len(records) == 18
+    assert [list(record.answers.answers) if record.answers else None for record in records] == [choices[record.id] for record in records]
+    counts = counts_of(tmp_path)
+    assert (counts["soft_label_rows"], counts["label_rows"]) == (18, 18)
 
 
 @pytest.mark.slow

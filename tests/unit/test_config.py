@@ -209,7 +209,10 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
         ({"taks": {}}, "taks: unknown key; did you mean task?"),
         ({"student.epoch": 3}, "student.epoch: unknown key; did you mean epochs?"),
         ({"teacher.tune.learning_rat": 1}, "teacher.tune.learning_rat: unknown key; did you mean learning_rate?"),
-        ({"teacher.soft_labels.K_": 1}, "teacher.soft_labels.K_: unknown key; known keys here: draws, format, k, likelihood, on, temperature"),
+        (
+            {"teacher.soft_labels.K_": 1},
+            "teacher.soft_labels.K_: unknown key; known keys here: draws, format, k, likelihood, on, temperature",
+        ),
         ({"student.model.d_modle": 3}, "student.model.d_modle: unknown key; did you mean d_model?"),
         ({"student.model": {"cut_from": "teacher", "layer": 3}}, None),
         (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,20 +16,22 @@ from data.config import Metric, RationalesConfig, SoftLabelsConfig
 from data.examples import TaskExample
 from data.prompts import TextFormat
 from data.records import TeacherRecord
-from data.soft_labels import AnswerDistribution
-from data.store import MANIFEST, STORE, missing_chunks, read_records, shard_path
+from data.soft_labels import AnswerDistribution, SoftLabels, TopK
+from data.store import CHUNK, MANIFEST, STORE, missing_chunks, read_records, shard_path
 from data.tasks import Task
 from launch import worker
 from launch.config import Config
+from launch.pipeline import Stage
 from train.config import TeacherConfig, TrackingConfig
 from train.engine import InferenceModel, World
 from train.progress import StageProgress
+from train.student import stage as student
 from train.teacher import claims, stage, tally
 from train.teacher.answers import Answering, Attach, reject_reason
 from train.teacher.claims import Chunk, claimed, missing
 from train.teacher.draws import record_key
 from train.teacher.labelling import Labelling, over_choices
-from train.teacher.live import Layout
+from train.teacher.live import Layout, Live
 from train.teacher.opening import Recorded, open_prompts, tokenizer_hash
 from train.teacher.recorded import record_of
 from train.teacher.rounds import in_step, streamed
@@ -343,6 +347,8 @@ def test_the_tally_tells_rates_time_left_and_rejects(tmp_path: Path, monkeypatch
         "records_per_second": 1.0,
         "tokens_per_second": 50.0,
         "unparseable": 4,
+        "unparseable/no_answer": 2,
+        "unparseable/not_a_number": 2,
     }
 
 
@@ -357,16 +363,16 @@ def test_time_left_in_words(seconds: float, told: str) -> None:
 class Asked:
     """A prompter of two tokens, and a scorer that notes what it is given."""
 
-    def __init__(self, sums: Sequence[list[float]] = ()) -> None:
-        self.sums, self.given = list(sums), list[Any]()
+    def __init__(self, sums: Sequence[list[float]] = (), soft: SoftLabels | None = None) -> None:
+        self.sums, self.soft, self.given = list(sums), soft, list[Any]()
 
     def prompt_ids(self, input: str, hint: str | None = None) -> tuple[int, ...]:
         assert hint is None
         return (1, len(input))
 
-    def tokens(self, solutions: Sequence[Solution], keys: Sequence[int]) -> list[tuple[None, None]]:
+    def tokens(self, solutions: Sequence[Solution], keys: Sequence[int]) -> list[tuple[SoftLabels | None, SoftLabels | None]]:
         self.given.append((list(solutions), list(keys)))
-        return [(None, None)] * len(solutions)
+        return [(self.soft, self.soft)] * len(solutions)
 
     def choices(self, contexts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         self.given.append((list(contexts), [list(c) for c in choices]))
@@ -397,7 +403,9 @@ def test_choices_follow_prompt_rationale_and_mark() -> None:
     config = SoftLabelsConfig(format="choices")
     (found,) = labelling(asked, config).added(Chunk("train", 0, [CHOICE]), [SAID])
     assert asked.given == [([[1, 10, 114, 97, *MARK]], [[[98, 0], [99, 99, 0]]])]
-    assert found.answers == AnswerDistribution(("b", "cc"), (pytest.approx(0.8), pytest.approx(0.2)))
+    assert found.answers is not None
+    assert found.answers.answers == ("b", "cc")
+    assert list(found.answers.probabilities) == pytest.approx([0.8, 0.2])
 
 
 def test_an_encoder_decoder_scores_what_precedes_a_choice_once_and_subtracts_it() -> None:
@@ -406,13 +414,27 @@ def test_an_encoder_decoder_scores_what_precedes_a_choice_once_and_subtracts_it(
     (found,) = labelling(asked, config, "encoder_decoder").added(Chunk("train", 0, [CHOICE]), [SAID])
     head = [114, 97, *MARK]
     assert asked.given == [([[1, 10]], [[head, [*head, 98, 0], [*head, 99, 99, 0]]])]
-    assert found.answers == AnswerDistribution(("b", "cc"), (pytest.approx(0.8), pytest.approx(0.2)))
+    assert found.answers is not None
+    assert found.answers.answers == ("b", "cc")
+    assert list(found.answers.probabilities) == pytest.approx([0.8, 0.2])
+
+
+def test_what_follows_a_rationale_written_with_a_hint_gets_no_soft_label() -> None:
+    hinted = replace(SAID, rationalized=True)
+    chunk = Chunk("train", 0, [CHOICE, CHOICE])
+    soft = TopK(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+    found = labelling(Asked(soft=soft), SoftLabelsConfig(on="both")).added(chunk, [SAID, hinted])
+    assert [(r.rationale_soft, r.label_soft) for r in found] == [(soft, soft), (soft, None)]
+    drawn = AnswerDistribution(("cc",), (1.0,))
+    records = [SAID, replace(hinted, answers=drawn)]
+    found = labelling(Asked([[-1.0, -1.0]] * 2), SoftLabelsConfig(format="choices")).added(chunk, records)
+    assert [r.answers for r in found] == [AnswerDistribution(("b", "cc"), (0.5, 0.5)), drawn]
 
 
 def test_the_softmax_over_choices_is_of_sums_or_means() -> None:
     assert over_choices(["a", "b"], [-2.0, -6.0], [1, 3], mean=True).probabilities == (0.5, 0.5)
-    first, second = over_choices(["a", "b"], [-2.0, -6.0], [1, 3], mean=False).probabilities
-    assert (first, second) == (pytest.approx(1 / (1 + math.exp(-4))), pytest.approx(1 / (1 + math.exp(4))))
+    summed = over_choices(["a", "b"], [-2.0, -6.0], [1, 3], mean=False).probabilities
+    assert list(summed) == pytest.approx([1 / (1 + math.exp(-4)), 1 / (1 + math.exp(4))])
     assert over_choices(["a", "b"], [-2000.0, -2000.0], [1, 1], mean=False).probabilities == (0.5, 0.5)
 
 
@@ -454,6 +476,16 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path: Path) -> None:
     after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "s").iterdir() if p.suffix not in (".json",)}
     assert {name: content for name, (content, _) in after.items()} == {name: content for name, (content, _) in before.items()}
     assert [name for name, (_, time) in after.items() if before[name][1] != time] == ["train-000001.parquet"]
+
+
+def test_the_time_counts_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "s", recorded(), tmp_path)
+    (tmp_path / "s" / STORE).write_text('{"seconds": 1000.0}')
+    shard_path(tmp_path / "s", "train", 1).unlink()
+    assert 1000 < run(tmp_path / "s", recorded(), tmp_path).seconds < 2000
+    assert 1000 < json.loads((tmp_path / "s" / STORE).read_text())["seconds"] < 2000
+    assert stage.most_written(tmp_path / "s") == 4 * CHUNK
+    assert stage.most_written(tmp_path / "nothing") == 0
 
 
 def test_a_manifest_from_before_does_not_outlive_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,3 +579,45 @@ def test_what_the_configuration_says_is_taken() -> None:
     chosen = TeacherConfig(source="deepspeed", model="a/b", sharding="tensor")
     assert worker._layout(cast(Config, SimpleNamespace(teacher=chosen)), None, WORLD) == Layout("tensor")
     assert worker._layout(cast(Config, SimpleNamespace(teacher=recorded())), None, WORLD) == Layout("replica")
+
+
+def test_a_writer_that_holds_memory_gives_it_back() -> None:
+    maker, writer = answering({})
+    Live(maker, None, None).close()  # one that holds none
+    closed: list[str] = []
+    holding = replace(maker, writer=cast(Any, SimpleNamespace(request=writer.request, close=lambda: closed.append("closed"))))
+    Live(holding, None, None).close()
+    Live(None, None, None).close()
+    assert closed == ["closed"]
+
+
+# ----- the worker -----
+
+
+def test_a_fault_that_every_process_meets_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    shared = WORLD.counter()
+    faults = iter([RuntimeError("stopped because 1 other process(es) failed"), ValueError("no row"), ValueError("no row")])
+
+    def fail(*_: Any) -> None:
+        raise next(faults)
+
+    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "load_config", lambda _: SimpleNamespace(launch=SimpleNamespace(device="cpu")))
+    monkeypatch.setattr(worker, "run_stages", fail)
+    for rank in range(3):
+        process = SimpleNamespace(is_main=not rank, counter=lambda: shared)
+        monkeypatch.setattr("train.engine.start", lambda _, process=process: process)
+        assert worker.main([str(tmp_path), "teach"]) == 1
+    assert capsys.readouterr().err == "error: no row\n"
+
+
+def test_the_student_is_told_by_whose_ids_a_server_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(student, "run", lambda config, loss, inputs, *rest, **more: handed.append(inputs))
+    table = {name: Stage(name, "0", tmp_path, "worker") for name in ("teach", "train.step_by_step")}
+    task = {"train": "builtin:arithmetic", "test": "builtin:arithmetic", "metric": "number"}
+    teacher = {"source": "endpoint", "model": "m", "endpoint": {"url": "http://h/v1", "tokenizer": "owner/name"}}
+    soft = {"soft_labels": {"k": 5}, "rationales": {"examples": "prompts.yaml"}}
+    config = Config.model_validate({"name": "n", "task": task, "teacher": {**teacher, **soft}, "student": {"model": "owner/student"}})
+    worker._train(table["train.step_by_step"], config, table, cast(Any, None), WORLD)
+    assert (handed[0].served_tokenizer, handed[0].teacher) == ("owner/name", "m")

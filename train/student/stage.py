@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def run(
     rows = builder.student_rows(
         inputs.task.train, records, inputs.rationales, config.targets, with_rationales=loss.rationale > 0, with_soft_labels=loss.soft > 0
     )
-    _check_rows(rows, builder.counts, loss)
+    _check_rows(rows, builder.counts, loss, records.values())
     validation = RowBuilder(form, encoder(tokenizer)).student_rows(
         inputs.task.validation, {}, RationalesConfig(), "gold", with_rationales=False, with_soft_labels=False
     )
@@ -111,7 +111,7 @@ def _check_same_tokens(student: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         )
 
 
-def _check_rows(rows: list[TrainRow], counts: Mapping[str, int], loss: LossConfig) -> None:
+def _check_rows(rows: list[TrainRow], counts: Mapping[str, int], loss: LossConfig, records: Collection[TeacherRecord]) -> None:
     if not rows:
         raise ValueError(
             "the student has no row to learn: teacher.rationales.keep with drop_rows, or student.targets: teacher, leaves none; loosen them"
@@ -121,7 +121,9 @@ def _check_rows(rows: list[TrainRow], counts: Mapping[str, int], loss: LossConfi
             "student.loss.rationale has a weight, but no record has a rationale that teacher.rationales.keep lets pass; loosen keep"
         )
     if loss.soft and not counts["soft_label_rows"]:
+        usable = sum(record.parseable for record in records)
         raise ValueError(
-            "student.loss.soft has a weight, but no row has soft labels: set teacher.soft_labels.on to what the student learns (formats "
-            "top_k and sampled), or see in the records why none could be made of what the teacher wrote"
+            f"student.loss.soft has a weight, but no row has soft labels; {usable} of {len(records)} records hold a usable answer. With "
+            "teacher.soft_labels.format top_k or sampled, set teacher.soft_labels.on to what the student learns; with answers, see in the "
+            "records' texts why none could be read (cut by teacher.rationales.max_new_tokens, or too little tuning); or set soft to 0"
         )

@@ -69,6 +69,12 @@ class Live:
             return in_step(self.answering, taken, self.teacher)
         return streamed(self.answering, taken)
 
+    def close(self) -> None:
+        """Gives back what the writer holds of a GPU's memory: the next stage runs in the same process."""
+        close = getattr(self.answering.writer, "close", None) if self.answering is not None else None
+        if close is not None:
+            close()
+
 
 def open_live(
     config: TeacherConfig, prompts: Local | Served, layout: Layout, metric: Metric, tuned: Path | None, world: World, *, seed: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import statistics
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from data.config import Metric
 from data.examples import TaskExample
 from data.records import TeacherRecord
-from data.store import MANIFEST, STORE, check_complete, manifest, read_records, shard_path, sweep, write_shard
+from data.store import CHUNK, MANIFEST, STORE, check_complete, manifest, read_records, shard_path, sweep, write_shard
 from data.store_check import Origin, check_store, refuse_bad
 from data.tasks import Task
 from train.artifacts import Records, write_json
@@ -62,10 +63,10 @@ def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World
     Raises:
         RuntimeError: if a shard that is there is damaged, or another teacher's.
     """
-    started = time.monotonic()
+    clock = _Clock(folder, inputs.config_file)
     splits: dict[str, Sequence[TaskExample]] = {split: getattr(inputs.task, split) for split in SPLITS}
     prompts = open_prompts(config, inputs.tuned)
-    _open_store(folder, splits, prompts.origin, inputs.config_file, world)
+    _open_store(folder, splits, prompts.origin, clock, world)
     absent = {split: missing(folder, split, examples, world) for split, examples in splits.items()}
     sharding, degree = config.source if config.source != "deepspeed" else inputs.layout.sharding, inputs.layout.tensor_degree or 1
     if isinstance(prompts, Recorded):
@@ -75,18 +76,42 @@ def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World
         live = open_live(config, prompts, inputs.layout, inputs.metric, inputs.tuned, world, seed=seed)
         if live.teacher is not None:
             sharding, degree = live.teacher.sharding, live.teacher.degree
-        _write_live(live, absent, inputs, folder, prompts.origin, world, tracker)
+        _write_live(live, absent, inputs, folder, prompts.origin, world, tracker, clock)
     world.barrier()
-    return _finish(splits, inputs.metric, folder, world, _Run(sharding, degree, world.size, time.monotonic() - started))
+    return _finish(splits, inputs.metric, folder, world, _Run(sharding, degree, world.size, clock.seconds))
 
 
-def _open_store(folder: Path, splits: Mapping[str, Sequence[TaskExample]], origin: Origin, config_file: Path | None, world: World) -> None:
+def most_written(folder: Path) -> int:
+    """The records that the shards of a store hold, or a few more; 0 where there is none."""
+    return CHUNK * sum(1 for _ in folder.glob("*.parquet"))
+
+
+class _Clock:
+    """The time that a store took, over all starts; noted as its shards are written, as a killed teacher cannot say."""
+
+    def __init__(self, folder: Path, config_file: Path | None) -> None:
+        self.folder, self.config_file = folder, config_file
+        self.earlier, self.started = 0.0, time.monotonic()
+        if (folder / STORE).is_file():
+            self.earlier = float(json.loads((folder / STORE).read_text()).get("seconds", 0.0))
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.earlier + time.monotonic() - self.started
+
+    def note(self) -> None:
+        """Writes the time beside the configuration by which damaged shards can be written anew."""
+        config = {} if self.config_file is None else {"config": os.path.relpath(self.config_file, self.folder)}
+        write_json(self.folder / STORE, {**config, "seconds": self.seconds})
+
+
+def _open_store(folder: Path, splits: Mapping[str, Sequence[TaskExample]], origin: Origin, clock: _Clock, world: World) -> None:
     """Nothing is added to a store with bad shards: whoever reads it later would learn from two teachers."""
     error: Exception | None = None
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        if config_file is not None:
-            write_json(folder / STORE, {"config": os.path.relpath(config_file, folder)})
+        clock.note()
         sweep(folder)
         try:
             refuse_bad(folder, check_store(folder, splits, origin))
@@ -113,6 +138,7 @@ def _write_live(
     origin: Origin,
     world: World,
     tracker: Tracker,
+    clock: _Clock,
 ) -> None:
     """Answers, scores and writes chunk by chunk; each process takes the next one when it has room."""
     before = sum(len(getattr(inputs.task, s)) - sum(len(chunk.examples) for chunk in chunks) for s, chunks in absent.items())
@@ -125,8 +151,11 @@ def _write_live(
                 if chunk.kept and live.keeps:
                     write_shard(shard_path(folder, split, chunk.number), made, origin.label(chunk.examples))
                     tally.add(made)
+                    if world.is_main:
+                        clock.note()
             tally.wait()
         before += total
+    live.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +184,7 @@ def _finish(splits: Mapping[str, Sequence[TaskExample]], metric: Metric, folder:
         soft_label_tokens=sum(len(soft) for record in every for soft in (record.label_soft, record.rationale_soft) if soft is not None),
         rationalized=_count(found, lambda record: record.rationalized),
         unparseable=dict(Counter(reason for record in every if (reason := reject_reason(record, metric)) is not None)),
-        mean_votes=statistics.fmean(record.votes for record in every),
+        mean_votes=statistics.fmean([record.votes for record in every if record.parseable] or [0.0]),
         **asdict(run),
     )
 

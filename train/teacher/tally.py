@@ -74,6 +74,7 @@ class Tally:
                     "records_per_second": rates["records"],
                     "tokens_per_second": rates["generated_tokens"],
                     "unparseable": counts[NO_ANSWER] + counts[UNUSABLE[self.metric]],
+                    **{f"unparseable/{name.replace(' ', '_')}": counts[name] for name in (NO_ANSWER, UNUSABLE[self.metric])},
                 },
             )
 
