@@ -6,7 +6,8 @@
 
 Many tokens share their likely successors, so the distinct ids of a record stand once, ascending, as gaps; a token names its own by their
 places among these, again ascending and as gaps. Of a log-probability the distance to the least of its token is stored, of a token's
-counts all but the last, which follows from the number of draws. SmolLM2 on rationales of CommonsenseQA: tests/bench/soft_labels.py.
+counts all but the last, which follows from the number of draws. Rationales of CommonsenseQA scored by SmolLM2 (49,152 tokens) take
+86 bytes a token as top-k with k = 32 and 23 as 50 draws, Parquet included (tests/bench/soft_labels.py).
 """
 
 from __future__ import annotations

@@ -124,6 +124,8 @@ def _deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # torch 2.13 has another name for what DeepSpeed 0.19.8 gathers with; delete when DeepSpeed uses it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
     # init_distributed compiles this op for two minutes on a CPU, and gloo does not need it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -399,6 +401,4 @@ def _gather_by_layer(deepspeed: Any, model: nn.Module) -> None:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     layers = {type(layer) for stack in stacks for layer in stack if sum(1 for _ in layer.parameters(recurse=True)) > 1}
     if layers:
-        # torch 2.13 has another name for what DeepSpeed 0.19.8 gathers with; delete when DeepSpeed uses it.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
         deepspeed.utils.set_z3_leaf_modules(model, list(layers))
