@@ -60,7 +60,8 @@ def top_k_forward_kl_sum(logits: Tensor, positions: Tensor, ids: Tensor, log_pro
     """
     student = F.log_softmax(logits.flatten(0, 1)[positions].float(), dim=-1)
     teacher = log_probs.exp()
-    kl = (teacher * (log_probs - student.gather(1, ids))).sum()
+    # A token that the teacher rules out has -inf, which would make 0 x inf.
+    kl = torch.where(teacher > 0, teacher * (log_probs - student.gather(1, ids)), 0.0).sum()
     if ids.shape[1] == logits.shape[-1] or not len(positions):
         return kl
     missing = (1.0 - teacher.sum(dim=1)).clamp(min=0.0)

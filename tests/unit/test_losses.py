@@ -436,3 +436,13 @@ def test_exact_matches_are_those_of_greedy_decoding(name: str) -> None:
     assert len(expected) >= 100
     assert 10 <= sum(expected) <= len(expected) - 50
     assert len({tuple(s.target_ids) for s, match in zip(sequences, expected, strict=True) if match}) >= 4
+
+
+def test_a_token_that_the_teacher_rules_out_counts_nothing() -> None:
+    logits = torch.tensor([[[1.0, 0.5, -0.5, 0.0]]], requires_grad=True)
+    teacher = torch.tensor([[0.6, 0.3, 0.1, 0.0]])
+    loss = top_k_forward_kl_sum(logits, torch.tensor([0]), torch.tensor([[0, 1, 2, 3]]), teacher.log())
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1)[0], teacher, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient[0], logits.softmax(-1)[0] - teacher)
