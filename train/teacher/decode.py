@@ -62,9 +62,7 @@ class LoopWriter:
         while more or waiting or (self._slots is not None and self._slots.rows):
             while more and len(waiting) < self._most:
                 more = self._take(source, waiting, chunks)
-            try:
-                self._advance(waiting)
-            except torch.OutOfMemoryError:
+            if not self._advanced(waiting):  # outside of its `except`, whose frames would hold the cache
                 self._shrink(waiting)
             for number in [number for number, chunk in self._collect(chunks) if not chunk.missing]:
                 answers = chunks.pop(number).answers
@@ -83,6 +81,14 @@ class LoopWriter:
         chunks[number] = _Chunk([None] * len(requests), len(requests))
         waiting += [Row(number, n, request) for n, request in enumerate(requests)]
         waiting.sort(key=lambda row: (len(row.request.ids), -row.chunk, -row.position))  # the longest are taken first, from the end
+        return True
+
+    def _advanced(self, waiting: list[Row]) -> bool:
+        """False where memory ran out."""
+        try:
+            self._advance(waiting)
+        except torch.OutOfMemoryError:
+            return False
         return True
 
     def _advance(self, waiting: list[Row]) -> None:
