@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,15 @@ SAMPLED: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], start: Start) -> Path:
-    """A folder with a tuned teacher that often answers in form, and is often wrong."""
-    folder = tmp_path_factory.mktemp("tuned")
-    for name, asked in (("greedy", GREEDY), ("sampled", SAMPLED)):
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], start: Start) -> Callable[[str], Path]:
+    """Makes a folder with a tuned teacher that often answers in form, and is often wrong."""
+    root = tmp_path_factory.mktemp("tuned")
+
+    @cache
+    def made(name: str) -> Path:
+        folder = root / name
+        folder.mkdir()
+        asked = {"greedy": GREEDY, "sampled": SAMPLED}[name]
         config = deepcopy(tiny)
         config["name"] = name
         config["task"]["arithmetic"] |= {"train_rows": ROWS["train"], "test_rows": ROWS["test"]}
@@ -46,7 +52,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], start:
         process = start(folder, "tune", f"{name}.yaml")
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-    return folder
+        return folder
+
+    return made
 
 
 def teach(folder: Path, name: str, processes: int, chunk: int) -> subprocess.Popen[str]:
@@ -117,11 +125,11 @@ def finish(folder: Path, name: str, chunk: int, processes: int) -> None:
     ],
 )
 def test_killed_and_started_with_other_processes_it_writes_the_same_records(
-    name: str, kills: int, chunk: int, tuned: Path, tmp_path: Path
+    name: str, kills: int, chunk: int, tuned: Callable[[str], Path], tmp_path: Path
 ) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     for folder in (undisturbed, disturbed):
-        shutil.copytree(tuned, folder)
+        shutil.copytree(tuned(name), folder)
     finish(undisturbed, name, chunk, 1)
     expected = shards(store_of(undisturbed, name))
     assert len(expected) == sum(-(-rows // chunk) for rows in ROWS.values())
@@ -147,10 +155,12 @@ def test_killed_and_started_with_other_processes_it_writes_the_same_records(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharding", "processes"), [("tensor", 2), ("zero3", 3)])
-def test_a_sharded_teacher_asks_again_in_step_and_writes_the_same_texts(sharding: str, processes: int, tuned: Path, tmp_path: Path) -> None:
-    shutil.copytree(tuned, tmp_path / "one")
+def test_a_sharded_teacher_asks_again_in_step_and_writes_the_same_texts(
+    sharding: str, processes: int, tuned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tuned("sampled"), tmp_path / "one")
     finish(tmp_path / "one", "sampled", 16, 1)
-    shutil.copytree(tuned, tmp_path / "several")
+    shutil.copytree(tuned("sampled"), tmp_path / "several")
     resolved = tmp_path / "several" / "runs" / "sampled" / "config.yaml"
     resolved.write_text(dump_config(load_config(resolved, [f"teacher.sharding={sharding}"])))
     finish(tmp_path / "several", "sampled", 16, processes)
