@@ -12,7 +12,7 @@ from typing import Literal, Self
 from data.examples import TaskExample
 
 Part = Literal["predict", "explain", "solve"]
-"""What a model is asked for: the label, the rationale, or (a teacher) the rationale and then the label."""
+"""What a model is asked for: the label, the rationale, or the rationale and then the label (a tuned teacher, a single-task student)."""
 
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
@@ -22,6 +22,8 @@ ANSWER_MARK = "Answer:"
 _CUES: dict[Part, str] = {"predict": ANSWER_MARK, "explain": "Rationale:", "solve": "Solution:"}
 NEXT_EXAMPLE = "Question:"
 SOLUTION_CUE = _CUES["solve"]
+_MARK_TOKENS = len(f" {ANSWER_MARK}")
+"""Most tokens of the mark in a solution: one a character."""
 _RETIRED = ("few_shot",)
 """Keys that older `stepdown.json` files carry; nothing reads them any more."""
 
@@ -38,6 +40,13 @@ class TextFormat:
     max_rationale_tokens: int
     prefix_ids: tuple[int, ...] = ()
     """What opens every sequence (a beginning-of-sequence token where the tokenizer adds one)."""
+    part: Part = "predict"
+    """How the model is asked for a label; a folder that does not say is one of a model that only predicts."""
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Most tokens of an answer to `part`, the end-of-sequence token among them."""
+        return self.max_label_tokens + (self.max_rationale_tokens + _MARK_TOKENS if self.part == "solve" else 0)
 
     def prompt(self, part: Part, text: str) -> str:
         """The text a model reads for `part`."""
@@ -72,7 +81,7 @@ class TextFormat:
         return _ended(encode(self.target(rationale)), self.eos_id, self.max_rationale_tokens)
 
     def solution_ids(self, rationale: str, label: str, encode: Encode) -> tuple[list[int], list[int], list[int]]:
-        """A teacher's target in three segments: the rationale, `Answer:`, and the label with the end-of-sequence token.
+        """The target of `solve` in three segments: the rationale, `Answer:`, and the label with the end-of-sequence token.
 
         They are tokenized apart, so that the tokens of rationale and label are those that the student learns and a soft label
         stored for one of them belongs to the same token of the student.
@@ -97,6 +106,11 @@ class TextFormat:
             raise ValueError(f"{folder} has no {FORMAT_FILE}: it is not a model folder that stepdown made")
         values = {key: value for key, value in json.loads(path.read_text()).items() if key not in _RETIRED}
         return cls(**{**values, "prefix_ids": tuple(values["prefix_ids"])})
+
+
+def label_of(text: str, part: Part) -> str | None:
+    """The label in what a model wrote for `part`; None where a solution holds none."""
+    return parse_solution(text)[1] if part == "solve" else text
 
 
 def _ended(ids: list[int], eos_id: int, limit: int) -> tuple[list[int], bool]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from data.config import RationalesConfig
 from data.examples import TaskExample
@@ -29,9 +31,12 @@ class TrainSequence:
     """Soft labels of the first tokens of the target."""
     weight: float | None = None
     """The teacher's probability of this target, one of its answers: it counts in the soft labels' loss, so much. None for the others."""
+    given: int = 0
+    """So many of the target's first tokens are given: the model reads them, but they count in no loss and in no exact match."""
 
     def __post_init__(self) -> None:
         assert self.weight is None or (self.weight > 0 and not self.is_label and self.soft is None), self
+        assert 0 <= self.given < max(1, len(self.target_ids)), self
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,29 @@ def choose(example: TaskExample, record: TeacherRecord | None, rationales: Ratio
     if targets == "teacher" and label is None:
         return Chosen(None, None)
     return Chosen(label, record.rationale if record is not None and usable else None)
+
+
+def usable_examples(
+    examples: Iterable[TaskExample],
+    records: Mapping[str, TeacherRecord],
+    rationales: RationalesConfig,
+    targets: Literal["gold", "teacher"],
+) -> list[TaskExample]:
+    """The examples that give a row, by `choose`: the same for all arms."""
+    return [example for example in examples if choose(example, records.get(example.id), rationales, targets).label is not None]
+
+
+def share_of(examples: Sequence[TaskExample], fraction: float, seed: int) -> list[TaskExample]:
+    """A random share of the examples, in their own order; with one seed a smaller share is part of every larger one.
+
+    Args:
+        examples: of which the share is taken.
+        fraction: of them, above 0; one example is always taken where there are any.
+        seed: of the draw.
+    """
+    # Two numbers are the seed of an epoch's order (`Order`): with a third, the share is not what the first epoch begins with.
+    drawn = np.random.default_rng([seed, 0, 1]).permutation(len(examples))[: max(1, round(fraction * len(examples)))]
+    return [examples[n] for n in sorted(drawn)]
 
 
 class RowBuilder:
@@ -117,16 +145,49 @@ class RowBuilder:
                     self.counts["rows_without_soft_labels"] += all(s.soft is None and s.weight is None for s in sequences)
         return rows
 
+    def single_task_rows(
+        self,
+        examples: Iterable[TaskExample],
+        records: Mapping[str, TeacherRecord],
+        rationales: RationalesConfig,
+        targets: Literal["gold", "teacher"],
+    ) -> list[TrainRow]:
+        """Rows of one task: `solve` -> rationale and label as one target; where `choose` gives no rationale, the mark and the label.
+
+        Args:
+            examples: what to learn.
+            records: what the teacher wrote, by the example's id.
+            rationales: `keep` and `drop_rows`.
+            targets: whose labels.
+
+        Source: Hsieh et al. 2023, arXiv 2305.02301, section 4.4 (the single-task form that the two tasks are compared with).
+        """
+        chosen = [(example, choose(example, records.get(example.id), rationales, targets)) for example in examples]
+        return [self._solution(example, found.rationale or "", found.label) for example, found in chosen if found.label is not None]
+
+    def label_of_solution_rows(self, examples: Iterable[TaskExample], rationales: Mapping[str, str]) -> list[TrainRow]:
+        """Rows that try a model that solves: the gold label's tokens, after a rationale that is given.
+
+        Args:
+            examples: what to ask.
+            rationales: by the example's id; where one is missing the task's own, and where there is none the label follows its mark alone.
+        """
+        return [self._solution(e, rationales.get(e.id) or e.rationale or "", e.label, label_only=True) for e in examples]
+
     def solution_rows(self, examples: Iterable[TaskExample]) -> list[TrainRow]:
         """Rows that tune a teacher: `solve` -> gold rationale and label as one target."""
-        rows = []
-        for example in examples:
-            rationale, mark, label = self.format.solution_ids(example.rationale or "", example.label, self.encode)
-            rows.append(TrainRow(example.id, (TrainSequence(self._input("solve", example.input), [*rationale, *mark, *label], True),)))
-            rationale_cut = self.format.rationale_ids(example.rationale or "", self.encode)[1]
-            label_cut = self.format.label_ids(example.label, self.encode)[1]
-            self.counts.update(rows=1, label_rows=1, rationales_cut=int(rationale_cut), labels_cut=int(label_cut))
-        return rows
+        return [self._solution(example, example.rationale or "", example.label) for example in examples]
+
+    def _solution(self, example: TaskExample, rationale: str, label: str, *, label_only: bool = False) -> TrainRow:
+        head, mark, tail = self.format.solution_ids(rationale, label, self.encode)
+        rationale_cut = self.format.rationale_ids(rationale, self.encode)[1]
+        label_cut = self.format.label_ids(label, self.encode)[1]
+        self.counts.update(
+            rows=1, label_rows=1, rationale_rows=int(bool(rationale)), rationales_cut=int(rationale_cut), labels_cut=int(label_cut)
+        )
+        given = len(head) + len(mark) if label_only else 0
+        sequence = TrainSequence(self._input("solve", example.input), [*head, *mark, *tail], True, given=given)
+        return TrainRow(example.id, (sequence,))
 
     def _input(self, part: Part, text: str) -> list[int]:
         ids, cut = self.format.prompt_ids(part, text, self.encode)

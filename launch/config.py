@@ -59,21 +59,41 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        loss, rationales = self.student.loss, self.teacher.rationales
+        rationales = self.teacher.rationales
         if self.name == "shared":
             raise ValueError("name is shared, which is the folder that runs share: choose another")
-        if loss.soft and self.teacher.soft_labels is None:
-            raise ValueError(
-                "student.loss.soft has a weight, but teacher.soft_labels is missing: add it (a recorded teacher has none), or set soft to 0"
-            )
         if isinstance(self.student.model, CutModel) and self.teacher.source in ("recorded", "endpoint"):
             kind = "a recorded teacher has no layers" if self.teacher.source == "recorded" else "a server does not give its layers away"
             raise ValueError(f"student.model is {{cut_from: teacher}}, but {kind}: name a model")
-        uses_rationales = any(arm.rationale for arm in self.student.arms.values())
+        uses_rationales = self.student.single_task or any(arm.rationale for arm in self.student.arms.values())
         if rationales.keep != "all" and not rationales.drop_rows and not uses_rationales:
             raise ValueError("teacher.rationales.keep has no effect while student.loss.rationale is 0: remove it, or add drop_rows: true")
         if self.task.rationale is not None and self.teacher.tune is None:
             raise ValueError("task.rationale has no effect without teacher.tune, which learns from it: remove it, or tune the teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _soft_labels_have_a_source(self) -> Self:
+        loss, source, stored = self.student.loss, self.teacher.source, self.teacher.soft_labels
+        if not loss.soft:
+            return self
+        if loss.teacher == "live" and source != "deepspeed":
+            raise ValueError(
+                f"student.loss.teacher is live, but with teacher.source: {source} no model of the teacher runs here: "
+                "set teacher.source to deepspeed, or remove student.loss.teacher"
+            )
+        if loss.teacher == "live":
+            return self
+        if stored is None:
+            raise ValueError(
+                "student.loss.soft has a weight, but teacher.soft_labels is missing: add it or set student.loss.teacher to live (a "
+                "recorded teacher can do neither), or set soft to 0"
+            )
+        if loss.divergence != "forward_kl" and stored.format != "top_k":
+            raise ValueError(
+                f"student.loss.divergence is {loss.divergence}, but teacher.soft_labels.format is {stored.format}, which serves forward_kl "
+                "only: set divergence to forward_kl, format to top_k, or student.loss.teacher to live"
+            )
         return self
 
     @model_validator(mode="after")

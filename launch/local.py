@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
+from data.prompts import TextFormat
 from data.tasks import prepare
 from launch.agent import PARENT
 from launch.config import Config
@@ -22,6 +25,7 @@ from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stag
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.evaluate import EvalRequest, command
+from train.signals import SIGNALS, STOPPED, handling
 from train.tracking import Tracker
 
 
@@ -141,14 +145,15 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
         )
     deployed = f"deploy.{stage.detail}" in table
     made = table[f"deploy.{stage.detail}" if deployed else f"train.{stage.detail}"].folder
+    form = TextFormat.load(made / "model")
     parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
     return EvalRequest(
         **common,
         runtime="ctranslate2" if deployed else "transformers",
         records_folder=None,
         model_folder=str(made / "model"),
-        part="predict",
-        max_new_tokens=config.student.max_label_tokens,
+        part=form.part,
+        max_new_tokens=form.max_answer_tokens,
         teacher_records_folder=str(teach),
         num_parameters=parameters,
     )
@@ -169,11 +174,50 @@ def _finished(stage: Stage, skipped: bool) -> Finished:
     return Finished(stage, ARTIFACT_OF[stage.kind].read(stage.folder), skipped)
 
 
+class Stopped(typer.Exit):
+    """A run that a signal ended, with what is done kept: the command tells so and exits with `STOPPED`, which asks to be started again.
+
+    The command line knows it by its base class, which is a RuntimeError.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+        self.args = ("stopped by a signal; what is done is kept: the same command goes on from there",)
+
+
+def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs a command to its end, passes SIGTERM and SIGUSR1 on to it, and gives its exit status.
+
+    Raises:
+        Stopped: if it was asked to stop and did; the message is told here.
+    """
+    asked: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        for process in started:
+            process.send_signal(number)
+
+    with handling(pass_on), subprocess.Popen(command, env=environment) as process:
+        started.append(process)
+        for number in asked:  # before there was anybody to pass it on to
+            process.send_signal(number)
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C too, as subprocess.run does
+            process.kill()
+            raise
+    if status == STOPPED or (asked and status in [-number for number in SIGNALS]):
+        stopped = Stopped()
+        print(stopped, file=sys.stderr, flush=True)
+        raise stopped
+    return status
+
+
 def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
     processes = num_processes(config)
-    status = subprocess.run(
-        worker_command(folder, processes, names), env=worker_environment(processes, cpu_count(), config.launch.device), check=False
-    ).returncode
+    status = supervise(worker_command(folder, processes, names), worker_environment(processes, cpu_count(), config.launch.device))
     if status:
         raise RuntimeError(f"the worker ended with status {status}; what is done is kept: the same command goes on from there")
 
@@ -181,7 +225,7 @@ def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
 def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> None:
     request = stage.folder / "request.json"
     eval_request(stage, config, table).write(request)
-    status = subprocess.run(command(request), env=worker_environment(1, cpu_count(), config.launch.device), check=False).returncode
+    status = supervise(command(request), worker_environment(1, cpu_count(), config.launch.device))
     if status:
         raise RuntimeError(f"{stage.name} ended with status {status}; what is done is kept: the same command goes on from there")
 

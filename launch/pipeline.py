@@ -79,12 +79,15 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
         table[TUNE] = _stage(config, TUNE, inputs, "worker", shared=True)
     table[TEACH] = _stage(config, TEACH, {**common, **_teach_inputs(config, table)}, "worker", shared=True)
     for arm, loss in config.student.arms.items():
-        student = hashed(config.student, without=("model", "loss", "baselines"))
-        chosen = hashed(config.teacher.rationales) if loss.rationale or config.teacher.rationales.drop_rows else {}
+        student = hashed(config.student.of_arm(arm), without=("model", "loss", "baselines", "seed"))
+        uses_rationales = loss.rationale or arm == "single_task" or config.teacher.rationales.drop_rows
+        chosen = hashed(config.teacher.rationales) if uses_rationales else {}
+        # The same where the student's seed is left out and where the run's is written out.
+        student["student_seed"] = config.seed if config.student.seed is None else config.student.seed
         inputs = {**common, **student, "model": _model(config.student.model), "loss": hashed(loss), "teach": table[TEACH].key}
         inputs |= {key: chosen[key] for key in ("keep", "drop_rows") if key in chosen}
         table[f"train.{arm}"] = _stage(config, f"train.{arm}", inputs, "worker")
-    trained = table[f"train.{config.student.loss.arm}"]
+    trained = table[f"train.{config.student.arm}"]
     for target in config.deploy.targets:
         table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", {"target": target, "train": trained.key}, "worker")
     for rung, of in _rungs(config).items():

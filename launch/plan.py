@@ -117,9 +117,27 @@ def parameters_of(
     if config is None or config.get("model_type") not in _COUNTERS:
         return None
     if isinstance(model, CutModel):
-        layers = model.layers if isinstance(model.layers, int) else len(model.layers)
-        config = {**config, "num_layers": layers, "num_decoder_layers": layers, "num_hidden_layers": layers}
+        config = _cut(config, model)
     return count_parameters(config)
+
+
+def _cut(config: Mapping[str, Any], model: CutModel) -> dict[str, Any]:
+    """The teacher's config.json as it reads for the student cut from it."""
+    cut = dict(config)
+    if model.layers is not None:
+        layers = model.layers if isinstance(model.layers, int) else len(model.layers)
+        cut |= {"num_layers": layers, "num_decoder_layers": layers, "num_hidden_layers": layers}
+    if model.neurons is not None:
+        cut |= {"d_ff": model.neurons, "intermediate_size": model.neurons}
+    if model.heads is not None and "num_attention_heads" in cut:
+        heads = cut["num_attention_heads"]
+        groups = _either(cut, "num_key_value_heads", heads)
+        # A head stays as wide as it was, and groups that share keys and values go whole.
+        width = _either(cut, "head_dim", 128 if cut["model_type"] == "qwen3" else cut["hidden_size"] // heads)
+        cut |= {"num_attention_heads": model.heads, "num_key_value_heads": model.heads * groups // heads, "head_dim": width}
+    elif model.heads is not None:
+        cut["num_heads"] = model.heads
+    return cut
 
 
 def _config_of(model: str | ScratchModel | CutModel | None, vocabulary: int) -> dict[str, Any] | None:
@@ -257,18 +275,28 @@ class StudentPlan:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    host_bytes: int = 0
+    """Optimizer states that lie in the host's memory in place of the GPU's."""
 
     @property
     def total_bytes(self) -> int:
-        """Weights, gradients and optimizer states of one process."""
+        """Weights, gradients and optimizer states of one process, those in the host's memory apart."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def student_plan(num_parameters: int, zero_stage: Literal[0, 1, 2, 3], processes: int, precision: Literal["fp32", "bf16"]) -> StudentPlan:
+def student_plan(
+    num_parameters: int,
+    zero_stage: Literal[0, 1, 2, 3],
+    processes: int,
+    precision: Literal["fp32", "bf16"],
+    *,
+    offload_optimizer: bool = False,
+) -> StudentPlan:
     """Bytes a process of a model under AdamW: 16 a parameter before anything is sharded.
 
     bf16: 2 for the weight, 2 for its gradient, 12 for the fp32 master copy and Adam's two moments. fp32: 4, 4 and 8. ZeRO-1 shards the
-    optimizer states over the processes, ZeRO-2 also the gradients, ZeRO-3 also the weights.
+    optimizer states over the processes, ZeRO-2 also the gradients, ZeRO-3 also the weights. Offloaded, the optimizer states (with the
+    master copy) lie in the host's memory.
 
     Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1 and figure 1.
     """
@@ -277,7 +305,9 @@ def student_plan(num_parameters: int, zero_stage: Literal[0, 1, 2, 3], processes
     def share(bytes_each: int, sharded_from: int) -> int:
         return -(-num_parameters // (processes if zero_stage >= sharded_from else 1)) * bytes_each
 
-    return StudentPlan(share(weight, 3), share(gradient, 2), share(optimizer, 1))
+    states = share(optimizer, 1)
+    device_states, host_states = (0, states) if offload_optimizer else (states, 0)
+    return StudentPlan(share(weight, 3), share(gradient, 2), device_states, host_states)
 
 
 def _gigabytes(num_bytes: int) -> str:

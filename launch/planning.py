@@ -10,7 +10,16 @@ from rich.table import Table
 
 from launch.config import Config
 from launch.hardware import GPUS, DetectedGpu, detect, memory_bytes
-from launch.plan import StudentPlan, TeacherPlan, cpu_teacher_plan, parameters_of, parse_parameters, student_plan, teacher_plan
+from launch.plan import (
+    StudentPlan,
+    TeacherPlan,
+    cpu_teacher_plan,
+    parameters_of,
+    parse_parameters,
+    student_plan,
+    teacher_plan,
+    weight_bytes,
+)
 from launch.report_html import MISSING, count
 from train.config import CutModel, ModelSource, ScratchModel
 
@@ -54,10 +63,15 @@ def plan_run(config: Config, *, gpu: str | None = None, gpus: int | None = None,
         teacher = teacher_plan(size, devices[0].memory_bytes, len(devices), 1) if devices else cpu_teacher_plan(size, memory, processes)
     student_size = _size(config.student.model, source)
     precision = config.student.precision if config.student.precision != "auto" else "bf16" if devices else "fp32"
-    student = student_plan(student_size, config.student.zero_stage, processes, precision) if student_size is not None else None
+    zero_stage = config.student.zero_stage if config.student.zero_stage != "auto" else 0 if processes == 1 else 1
+    offload = config.student.offload_optimizer
+    student = None
+    if student_size is not None:
+        student = student_plan(student_size, zero_stage, processes, precision, offload_optimizer=offload)
     name = devices[0].name if devices else "CPU"
     sentence = _sentence(config, teacher, student_size, f"{processes} x {name}" if devices else name)
-    return RunPlan(name, processes, memory, size, teacher, student_size, student, config.student.zero_stage, sentence)
+    sentence += _remarks(config, size, student, bool(devices))
+    return RunPlan(name, processes, memory, size, teacher, student_size, student, zero_stage, sentence)
 
 
 def render(plan: RunPlan, console: Console, *, as_json: bool) -> None:
@@ -118,6 +132,19 @@ def _sentence(config: Config, plan: TeacherPlan | None, student_size: int | None
         return f"The teacher fits this machine: {plan.why}.{student}"
     how = {"replica": "a copy on each", "tensor": f"split over {plan.tensor_degree}", "zero3": "sharded by ZeRO-3 over all"}[plan.sharding]
     return f"The teacher fits {place}, {how}: {plan.why}.{student}"
+
+
+def _remarks(config: Config, teacher_size: int | None, student: StudentPlan | None, on_gpu: bool) -> str:
+    """What the student's row of the table does not show."""
+    text = ""
+    if student is not None and student.host_bytes:
+        text += f" The student's optimizer takes {_gigabytes(student.host_bytes)} of the host's memory a process."
+    if student is not None and config.student.lora is not None:
+        text += " The student is counted as if all its weights were trained: student.lora takes less."
+    if teacher_size is not None and config.student.loss.soft and config.student.loss.teacher == "live":
+        size = _gigabytes(weight_bytes(teacher_size, "bf16" if on_gpu else "fp32"))
+        text += f" In training the live teacher takes another {size} in each process."
+    return text
 
 
 def _gigabytes(num_bytes: int) -> str:

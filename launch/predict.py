@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from data.prompts import label_of
 from launch.rundir import read_stages
 from train.artifacts import ARTIFACT, DeployedModel
 from train.runtimes import RuntimeKind, answers, open_runtime
 
 
 def predict(folder: Path, inputs: Sequence[str], target: str | None) -> list[str]:
-    """The model's answer to each input.
+    """The model's answer to each input: the label; all that it wrote where that holds none.
 
     Args:
         folder: of the run.
@@ -33,4 +34,6 @@ def predict(folder: Path, inputs: Sequence[str], target: str | None) -> list[str
     made = done[target] if target is not None else list(done.values())[-1]
     artifact = DeployedModel.read(made)
     runtime = open_runtime(cast(RuntimeKind, artifact.runtime), made / "model", device="auto", dtype="float32", threads=0)
-    return answers(runtime, inputs, "predict", batch_size=32, max_new_tokens=artifact.max_label_tokens)
+    part, most = runtime.format.part, runtime.format.max_answer_tokens
+    texts = answers(runtime, inputs, part, batch_size=32, max_new_tokens=most)
+    return [label if (label := label_of(text, part)) is not None else text for text in texts]

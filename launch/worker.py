@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,11 +22,13 @@ from launch.plan import cpu_teacher_plan, teacher_plan, weight_bytes
 from launch.rundir import locked, run_folder, writing
 from train.artifacts import Artifact, Checkpoint, TaskFiles
 from train.config import Arm, DeployTarget
+from train.signals import STOPPED, Stopped
 from train.tracking import Tracker
 
 if TYPE_CHECKING:
-    from train.engine import World
+    from train.student.stage import StudentInputs
     from train.teacher.live import Layout
+    from train.world import World
 
 _HOST_SHARE = 0.8
 """Of a node's memory that an offloaded teacher may take."""
@@ -70,7 +72,7 @@ def _deploy(stage: Stage, config: Config, table: Mapping[str, Stage], world: Wor
     """One process converts; the others wait, and fail with it."""
     from train.deploy import stage as deploy
 
-    trained = table[f"train.{config.student.loss.arm}"].folder
+    trained = table[f"train.{config.student.arm}"].folder
     artifact: Artifact = Checkpoint.read(trained)
     error: Exception | None = None
     if world.is_main:
@@ -135,16 +137,37 @@ def _teach(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
 def _train(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
     from train.student import stage as student
 
-    live = str(table[TUNE].folder / "model") if TUNE in table else config.teacher.model
-    assert live is None or isinstance(live, str)
-    server = config.teacher.endpoint
-    served = server.tokenizer if server is not None else None
-    inputs = student.StudentInputs(task, table[TEACH].folder, config.teacher.rationales, live, served)
-    loss = config.student.arms[cast(Arm, stage.detail)]
+    arm = cast(Arm, stage.detail)
+    inputs = student_inputs(config, table, task)
     tracker = _tracker(stage, config, world)
     return student.run(
-        config.student, loss, inputs, stage.folder, world, seed=config.seed, title=f"train {stage.detail}", open_tracker=tracker
+        config.student.of_arm(arm),
+        config.student.arms[arm],
+        inputs,
+        stage.folder,
+        world,
+        seed=config.seed,
+        title=f"train {stage.detail}",
+        open_tracker=tracker,
     )
+
+
+def student_inputs(config: Config, table: Mapping[str, Stage], task: Task) -> StudentInputs:
+    """What every arm of a run learns from."""
+    from train.student.stage import StudentInputs
+    from train.teacher.recorded import records
+
+    teacher = str(table[TUNE].folder / "model") if TUNE in table else config.teacher.model
+    assert teacher is None or isinstance(teacher, str)
+    server = config.teacher.endpoint
+    served = server.tokenizer if server is not None else None
+    rationales = {}
+    if config.teacher.source == "recorded":
+        # The store holds records of training and test rows. Validation rows can hold what the teacher wrote about them, but need not.
+        with suppress(ValueError):
+            recorded = records(config.teacher, task.validation, "validation", config.task.metric, config.task.choices)
+            rationales = {record.id: record.rationale for record in recorded}
+    return StudentInputs(task, table[TEACH].folder, config.teacher.rationales, teacher, served, rationales)
 
 
 def _tracker(stage: Stage, config: Config, world: World) -> Callable[[int], Tracker]:
@@ -170,6 +193,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with writing(Path(folder)):
             run_stages(config, names, world)
+    except Stopped as stopped:
+        if world.is_main:
+            print(stopped, file=sys.stderr, flush=True)
+        # torchrun ends the others as soon as one has gone.
+        world.barrier()
+        stop()
+        return STOPPED
     except (ValueError, RuntimeError) as error:
         # Often all processes meet the same one: they read the same files.
         if not str(error).startswith("stopped because") and tell(1) == 1:

@@ -10,7 +10,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from data.config import RationalesConfig, Section, SoftLabelsConfig
 
-Arm = Literal["labels_only", "step_by_step", "soft_labels", "step_by_step_soft"]
+Arm = Literal["labels_only", "step_by_step", "soft_labels", "step_by_step_soft", "single_task"]
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 DeployTarget = Literal["ctranslate2-float32", "ctranslate2-float16", "ctranslate2-int8", "ctranslate2-int8_float16"]
 Sharding = Literal["auto", "replica", "tensor", "zero3"]
 MAX_SERVER_LOG_PROBS = 20
@@ -49,13 +50,31 @@ class ScratchModel(Section):
 
 
 class CutModel(Section):
-    """A student made of some layers of its teacher, with the teacher's tokenizer."""
+    """A student made of some layers, neurons and heads of its teacher, with the teacher's tokenizer."""
 
     cut_from: Literal["teacher"] = Field(description="The model the layers come from.")
-    layers: int | list[int] = Field(
+    layers: int | list[int] | None = Field(
+        None,
         description="A number: that many layers, evenly spaced, first and last kept; a list: these layers (0 is the first). "
-        "For t5: of each stack."
+        "For t5: of each stack. All where left out.",
     )
+    neurons: int | None = Field(
+        None,
+        ge=1,
+        description="Neurons to keep of each feed-forward layer, those that add most to the residual stream; all where left out.",
+    )
+    heads: int | None = Field(
+        None,
+        ge=1,
+        description="Query heads to keep of each attention layer, those that add most to the residual stream; groups that share keys and "
+        "values go whole. All where left out.",
+    )
+
+    @model_validator(mode="after")
+    def _cuts_something(self) -> Self:
+        if self.layers is None and self.neurons is None and self.heads is None:
+            raise ValueError("cut_from cuts nothing: give layers, neurons or heads, or name the teacher's model")
+        return self
 
 
 def _model_kind(value: Any) -> str | None:
@@ -78,6 +97,17 @@ ModelSource = Annotated[
 ]
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights."""
+
+    rank: int = Field(16, ge=1, description="Rank of each adapter.")
+    alpha: float = Field(32.0, gt=0.0, description="Adapters count alpha / rank times.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in front of the adapters.")
+    modules: list[str] | None = Field(
+        None, min_length=1, description="Names of the linear layers to adapt, such as q_proj; all but the head where left out."
+    )
+
+
 class TrainingConfig(Section):
     """Knobs of the one training loop; the teacher's tuning and the student share it."""
 
@@ -85,9 +115,9 @@ class TrainingConfig(Section):
     batch_size: int = Field(
         64, ge=1, description="Examples an optimizer step, over all processes; each gives up to two sequences (label, rationale)."
     )
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Examples a process takes in one forward; auto: the step's share of one process, 32 at most on a GPU.",
+        description="Most tokens a process takes in one forward (a longer sequence goes alone); auto: 16384.",
         json_schema_extra={"hashed": False},
     )
     learning_rate: float = Field(5e-4, gt=0.0, description="Peak learning rate of AdamW.")
@@ -95,17 +125,51 @@ class TrainingConfig(Section):
     warmup: float = Field(0.05, ge=0.0, lt=1.0, description="Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of AdamW.")
     clip_norm: float = Field(1.0, gt=0.0, description="Largest norm of the gradient.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="DeepSpeed ZeRO stage: what is sharded over the processes.", json_schema_extra={"hashed": False}
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="DeepSpeed ZeRO stage: what is sharded over the processes (0: nothing); auto: 0 in one process, 1 in several.",
+        json_schema_extra={"hashed": False},
     )
+    offload_optimizer: bool = Field(
+        False, description="Keep the optimizer's states in the host's memory (ZeRO 1 to 3).", json_schema_extra={"hashed": False}
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Compute each layer's activations again in the backward pass instead of keeping them.",
+        json_schema_extra={"hashed": False},
+    )
+    compile: Literal["auto", "off", "layers", "graphs"] = Field(
+        "auto",
+        description="layers: torch.compile of the layers; graphs: CUDA graphs of whole passes besides, for a decoder-only model under "
+        "zero_stage 0; auto: graphs, else layers, on a GPU without ZeRO-3, from 300 steps on.",
+        json_schema_extra={"hashed": False},
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters in place of the weights; they are merged on export.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Arithmetic of the model; auto: bf16 on a GPU, fp32 on a CPU.")
     max_input_tokens: int = Field(512, ge=8, description="Longer inputs are cut on the left, counted in the report.")
     max_label_tokens: int = Field(32, ge=2, description="Longer labels are cut; also the most tokens an answer may take.")
     max_rationale_tokens: int = Field(256, ge=2, description="Longer rationales are cut.")
     validate_every: int | None = Field(None, ge=1, description="Steps between two validations; an epoch where left out.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many validations in a row without a better one; never where left out."
+    )
     save_every: int | None = Field(
         None, ge=1, description="Steps between two resumable checkpoints; an epoch where left out.", json_schema_extra={"hashed": False}
     )
+    log_every: int = Field(
+        10,
+        ge=1,
+        description="Steps whose numbers stay on the GPU before they are written together (under ZeRO 1 to 3 each is written at once).",
+        json_schema_extra={"hashed": False},
+    )
+
+    @model_validator(mode="after")
+    def _offload_has_something_to_offload(self) -> Self:
+        if self.offload_optimizer and self.zero_stage in ("auto", 0):
+            raise ValueError(
+                f"offload_optimizer has no effect with zero_stage: {self.zero_stage}: set zero_stage to 1, 2 or 3, or remove it"
+            )
+        return self
 
 
 class LossConfig(Section):
@@ -114,7 +178,27 @@ class LossConfig(Section):
     label: float = Field(0.5, ge=0.0, description="Weight of the label's cross-entropy.")
     rationale: float = Field(0.5, ge=0.0, description="Weight of the rationale's cross-entropy.")
     soft: float = Field(0.0, ge=0.0, description="Weight of the divergence from the teacher's soft labels.")
-    divergence: Literal["forward_kl"] = Field("forward_kl", description="Divergence between teacher and student at a soft label.")
+    teacher: Literal["records", "live"] = Field(
+        "records",
+        description="Where soft labels come from: the teacher's records, or the teacher itself, run beside the student on every target "
+        "token.",
+    )
+    divergence: DivergenceKind = Field(
+        "forward_kl",
+        description="Divergence between teacher p and student q at a soft label: forward_kl KL(p|q); reverse_kl KL(q|p); jsd, the "
+        "generalised Jensen-Shannon divergence (`beta`); skew_forward_kl KL(p | skew p + (1-skew) q); skew_reverse_kl "
+        "KL(q | skew q + (1-skew) p).",
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0.0,
+        description="Divides the logits of both sides of a live teacher's divergence, whose value is multiplied by its square; 1 where "
+        "left out. Stored soft labels have the temperature they were stored at.",
+    )
+    beta: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Of jsd: beta KL(p|m) + (1-beta) KL(q|m) with m = beta p + (1-beta) q; 0.5 where left out."
+    )
+    skew: float | None = Field(None, gt=0.0, lt=1.0, description="Of the skew divergences; 0.1 where left out.")
 
     @property
     def arm(self) -> Arm:
@@ -127,8 +211,18 @@ class LossConfig(Section):
     def _no_idle_knobs(self) -> Self:
         if self.label + self.rationale + self.soft == 0:
             raise ValueError("label, rationale and soft are all 0: give at least one a weight")
-        if self.soft == 0 and "divergence" in self.model_fields_set:
-            raise ValueError("divergence has no effect while soft is 0: give soft a weight, or remove divergence")
+        for key in ("teacher", "divergence", "temperature", "beta", "skew"):
+            if self.soft == 0 and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect while soft is 0: give soft a weight, or remove {key}")
+        if self.beta is not None and self.divergence != "jsd":
+            raise ValueError(f"beta has no effect on {self.divergence}: remove it, or set divergence to jsd")
+        if self.skew is not None and not self.divergence.startswith("skew"):
+            raise ValueError(f"skew has no effect on {self.divergence}: remove it, or set divergence to skew_forward_kl or skew_reverse_kl")
+        if self.temperature is not None and self.teacher == "records":
+            raise ValueError(
+                "temperature cannot change stored soft labels, which keep that of teacher.soft_labels.temperature: remove it, "
+                "or set teacher: live"
+            )
         return self
 
 
@@ -310,20 +404,52 @@ class StudentConfig(TrainingConfig):
     )
     loss: LossConfig = Field(default_factory=LossConfig, description="Weights of the loss.")
     targets: Literal["gold", "teacher"] = Field("gold", description="Labels to learn: the data's own, or the teacher's.")
+    single_task: bool = Field(
+        False,
+        description="One target, the rationale and then the label, in place of two tasks; the model then writes its rationale before each "
+        "answer. Needs loss: {label: 1, rationale: 0}.",
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**31, description="Of the student's initial weights, order and dropout alone; the run's seed where left out."
+    )
+    data_fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="Share of the training rows to learn; a smaller share is part of every larger one."
+    )
     baselines: list[Literal["labels_only", "step_by_step"]] = Field(
         default_factory=list, description="Arms to train beside the student, the same but for the loss; each is a rung of the ladder."
     )
 
     @property
+    def arm(self) -> Arm:
+        """What the student is called on the ladder."""
+        return "single_task" if self.single_task else self.loss.arm
+
+    @property
     def arms(self) -> dict[Arm, LossConfig]:
         """The loss of every arm in the order of the ladder; the student itself is the last."""
         losses = {"labels_only": LossConfig(label=1.0, rationale=0.0), "step_by_step": LossConfig(label=0.5, rationale=0.5)}
-        return {**{name: losses[name] for name in self.baselines}, self.loss.arm: self.loss}
+        return {**{name: losses[name] for name in self.baselines}, self.arm: self.loss}
+
+    def of_arm(self, arm: Arm) -> Self:
+        """The student as one of its `arms` is trained: with that arm's loss, and two tasks unless the arm is single_task."""
+        return self.model_copy(update={"loss": self.arms[arm], "single_task": arm == "single_task", "baselines": []})
+
+    @model_validator(mode="after")
+    def _one_task_has_one_loss(self) -> Self:
+        if not self.single_task:
+            return self
+        for key in ("rationale", "soft"):
+            if getattr(self.loss, key):
+                raise ValueError(
+                    f"single_task learns rationale and label as one target, whose loss is loss.label, but loss.{key} is "
+                    f"{getattr(self.loss, key):g}, not 0: set loss to {{label: 1, rationale: 0}}, or single_task to false"
+                )
+        return self
 
     @model_validator(mode="after")
     def _baselines_differ(self) -> Self:
-        if self.loss.arm in self.baselines:
-            raise ValueError(f"baselines holds {self.loss.arm}, which is what this student's loss already is: remove it, or change loss")
+        if self.arm in self.baselines:
+            raise ValueError(f"baselines holds {self.arm}, which is what this student's loss already is: remove it, or change loss")
         if len(set(self.baselines)) < len(self.baselines):
             raise ValueError("baselines names an arm twice: remove one")
         return self

@@ -1,11 +1,48 @@
-"""A small model made of some layers of a large one."""
+"""A small model made of some layers, neurons and heads of a large one."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from train.activity import Sample, measure, random_samples
+from train.config import CutModel
+from train.heads import keep_heads
+from train.neurons import keep_neurons
+from train.slicing import make_modules_agree
+
+
+def cut(model: PreTrainedModel, source: CutModel, key: str, samples: Sequence[Sample] | None = None) -> None:
+    """Keeps the layers, and of those the neurons and heads, that `source` asks for, in place; the configuration then says so.
+
+    The result is a plain model of its type: saved and loaded by transformers it gives the same logits. Neurons and heads that add most to
+    the residual stream stay, as the whole teacher has them on the samples. Norms of weights tell less than chance there:
+    SmolLM2-135M-Instruct has a loss of 2.8 on CQA's texts, and with half its neurons 4.1 by this on 1,024 other tokens of CQA, 8.1 by this
+    on random tokens, 10.7 to 14.5 by chance and 15.9 by the product of each neuron's norms.
+
+    Args:
+        model: the teacher; it is of no use where this raises.
+        source: what to keep.
+        key: the configuration key of the student's model, for messages.
+        samples: texts like those that the student will meet, some thousand tokens; random tokens where None. Read for neurons and heads.
+
+    Raises:
+        ValueError: if the model has fewer of them than asked for, or they cannot be told apart in a model of its type.
+    """
+    narrower = source.neurons is not None or source.heads is not None
+    activity = measure(model, samples or random_samples(model)) if narrower else {}
+    if source.layers is not None:
+        cut_layers(model, source.layers, key)
+    stacks = [list(stack) for _, _, stack in _layer_stacks(model, key)]
+    if source.neurons is not None:
+        keep_neurons(model, [layer for stack in stacks for layer in stack], activity, source.neurons, key)
+    if source.heads is not None:
+        keep_heads(model, stacks, activity, source.heads, key)
+    if narrower:
+        make_modules_agree(model, key)
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
@@ -24,27 +61,17 @@ def cut_layers(model: PreTrainedModel, layers: int | list[int], key: str) -> Non
     Raises:
         ValueError: if the model has fewer layers or no such layer, or its layers cannot be told from its configuration.
     """
-    if not model.config.is_encoder_decoder:
-        name, stack = _layer_list(model, key)
-        chosen = _choice(layers, len(stack), key)
-        _replace(model, name, stack, chosen)
-        _shorten(model.config, chosen)
-        return
-    encoder, decoder = getattr(model.get_encoder(), "block", None), getattr(model.get_decoder(), "block", None)
-    if not isinstance(encoder, nn.ModuleList) or not isinstance(decoder, nn.ModuleList):
-        raise ValueError(f"{key} is cut from a teacher of type {model.config.model_type}, but of the encoder-decoders only a T5 can be cut")
-    chosen_encoder, chosen_decoder = _choice(layers, len(encoder), key), _choice(layers, len(decoder), key)
-    for stack, chosen in ((encoder, chosen_encoder), (decoder, chosen_decoder)):
+    stacks = _layer_stacks(model, key)
+    choices = [_choice(layers, len(stack), key) for _, _, stack in stacks]
+    for (_, _, stack), chosen in zip(stacks, choices, strict=True):
         if _has_relative_bias(stack[0]) and chosen[0] != 0:
             raise ValueError(f"{key}.layers is {layers}, without layer 0: in a T5 it holds the relative position bias of all layers; add 0")
-    _replace(model.get_encoder(), "block", encoder, chosen_encoder)
-    _replace(model.get_decoder(), "block", decoder, chosen_decoder)
-    # Each stack holds its own copy of the configuration, and the key-value cache of the decoder reads it.
-    for config in (model.config, model.get_encoder().config):
-        config.num_layers = len(chosen_encoder)
-    model.get_decoder().config.num_layers = len(chosen_decoder)
-    for config in (model.config, model.get_encoder().config, model.get_decoder().config):
-        config.num_decoder_layers = len(chosen_decoder)
+    for (parent, attribute, stack), chosen in zip(stacks, choices, strict=True):
+        _replace(parent, attribute, stack, chosen)
+    if model.config.is_encoder_decoder:
+        _shorten_both(model, *(len(chosen) for chosen in choices))
+    else:
+        _shorten(model.config, choices[0])
 
 
 def _choice(layers: int | list[int], total: int, key: str) -> list[int]:
@@ -59,25 +86,45 @@ def _choice(layers: int | list[int], total: int, key: str) -> list[int]:
     return layers
 
 
-def _layer_list(model: PreTrainedModel, key: str) -> tuple[str, nn.ModuleList]:
-    total = model.config.num_hidden_layers
+_Stack = tuple[nn.Module, str, nn.ModuleList]
+"""The module that holds the layers, under which name, and the layers."""
+
+
+def _layer_stacks(model: PreTrainedModel, key: str) -> list[_Stack]:
+    """The layers of a decoder-only model; or those of a T5's encoder and of its decoder."""
+    if not model.config.is_encoder_decoder:
+        return [_layer_list(model, key)]
+    found: list[_Stack] = []
+    for parent in (model.get_encoder(), model.get_decoder()):
+        stack = getattr(parent, "block", None)
+        if not isinstance(stack, nn.ModuleList):
+            raise ValueError(
+                f"{key} is cut from a teacher of type {model.config.model_type}, but of the encoder-decoders only a T5 can be cut"
+            )
+        found.append((parent, "block", stack))
+    return found
+
+
+def _layer_list(model: PreTrainedModel, key: str) -> _Stack:
+    total = getattr(model.config, "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     found = [(name, module) for name, module in outer if len(module) == total]
     if len(found) != 1:
         raise ValueError(f"{key} is cut from a teacher of type {model.config.model_type}, whose layers are not one list: name a model")
-    return found[0]
+    name, stack = found[0]
+    parent, _, attribute = name.rpartition(".")
+    return model.get_submodule(parent), attribute, stack
 
 
-def _replace(model: nn.Module, name: str, stack: nn.ModuleList, chosen: list[int]) -> None:
+def _replace(parent: nn.Module, attribute: str, stack: nn.ModuleList, chosen: list[int]) -> None:
     kept = nn.ModuleList(stack[layer] for layer in chosen)
     for index, layer in enumerate(kept):
         for module in layer.modules():
             # The key-value cache is addressed by this index.
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index  # type: ignore[assignment]
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, kept)
+    setattr(parent, attribute, kept)
 
 
 def _shorten(config: PreTrainedConfig, chosen: list[int]) -> None:
@@ -86,6 +133,16 @@ def _shorten(config: PreTrainedConfig, chosen: list[int]) -> None:
         if "layer" in name and isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
             setattr(config, name, [value[layer] for layer in chosen])
     config.num_hidden_layers = len(chosen)
+
+
+def _shorten_both(model: PreTrainedModel, encoder_layers: int, decoder_layers: int) -> None:
+    # Each stack holds its own copy of the configuration, and the key-value cache of the decoder reads it.
+    encoder, decoder = model.get_encoder().config, model.get_decoder().config
+    for config in (model.config, encoder):
+        config.num_layers = encoder_layers
+    decoder.num_layers = decoder_layers
+    for config in (model.config, encoder, decoder):
+        config.num_decoder_layers = decoder_layers
 
 
 def _has_relative_bias(block: nn.Module) -> bool:

@@ -6,87 +6,27 @@ Every worker is started with torchrun, one process too (DeepSpeed looks for MPI 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 
-from train.artifacts import write_json
+from train import zero_layout
+from train.checkpoints import ResumePoint, read_resume, replace_state
+from train.config import TrainingConfig
+from train.flat import FlatEngine
+from train.shards import Shard, fill, read_shards, set_updates, updates_of, write_shard
+from train.world import World
 
-_RESUME = "resume.json"
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """The processes that work together, and this one's place among them."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Rank 0 writes the files that all share."""
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """`values` added up over all processes, as a new tensor on the same device as given."""
-        total = values.to(self.device).clone()
-        if self.size > 1:
-            distributed.all_reduce(total)
-        return total.to(values.device)
-
-    def barrier(self) -> None:
-        """Waits for all processes."""
-        if self.size > 1:
-            distributed.barrier()
-
-    def counter(self) -> Callable[[int], int]:
-        """A number that all processes share, 0 at first: adds what it is given and returns the sum, without waiting for anybody.
-
-        Every process must open its counters in the same order.
-        """
-        if self.size == 1:
-            return _Sum()
-        # The store through which torchrun's processes found one another.
-        shared, key = distributed.distributed_c10d._get_default_store(), f"stepdown-counter-{next(_COUNTERS)}"
-        return lambda amount: int(shared.add(key, amount))
-
-    def agree(self, error: Exception | None) -> None:
-        """Raises on every process if any has an error, so that none is left waiting.
-
-        Raises:
-            ValueError, RuntimeError: the error itself where it happened, a RuntimeError elsewhere.
-        """
-        failed = int(self.sum(torch.tensor(int(error is not None))))
-        if error is not None:
-            raise error
-        if failed:
-            raise RuntimeError(f"stopped because {failed} other process(es) failed; their message stands above")
-
-
-class _Sum:
-    """A counter of one process."""
-
-    def __init__(self) -> None:
-        self.total = 0
-
-    def __call__(self, amount: int) -> int:
-        self.total += amount
-        return self.total
-
-
-_COUNTERS = itertools.count()
-"""Numbers the counters of this process: the same order of opening gives the same names everywhere."""
+_LOG = logging.getLogger(__name__)
 
 
 def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
@@ -125,154 +65,264 @@ def _deepspeed() -> Any:
 
     logger.setLevel(logging.ERROR)
     # torch 2.13 has another name for what DeepSpeed 0.19.8 gathers with; delete when DeepSpeed uses it.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
     # init_distributed compiles this op for two minutes on a CPU, and gloo does not need it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """What a resumed training starts from."""
+class TrainEngine(Protocol):
+    """A module in training with AdamW, by itself or spread over processes."""
 
-    step: int
-    state: dict[str, Any]
+    module: nn.Module
+    """Call it through `forward` only."""
+    zero_stage: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's forward gives."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of a micro-batch.
+
+        Args:
+            loss: this process's share of the global loss: the sum over processes and micro-batches is what is learnt from.
+            last: of the micro-batches of this step; every process must make the same number of calls.
+        """
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clips, updates and forgets the gradient, after the last backward of a step.
+
+        Where the gradient is not finite on any process, none updates anything.
+
+        Returns:
+            Norm of the whole gradient before clipping, a scalar in fp32 on the device; not finite where nothing was updated.
+        """
+
+    def gather_weights(self) -> dict[str, Tensor]:
+        """All parameters (the fp32 masters of those trained) and buffers, whole, on the CPU of rank 0; an empty mapping elsewhere.
+
+        Every process must call it.
+        """
+
+    def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        """Writes a resumable checkpoint; the one before it is removed once the new one is whole. Every process must call it."""
+
+    def resume(self, folder: Path) -> ResumePoint | None:
+        """Loads the last checkpoint of `save`, or gives None where there is none. Every process must call it.
+
+        Raises:
+            RuntimeError: if it is damaged, or of another model.
+        """
+
+    def release(self) -> None:
+        """Takes this engine's hands off the module, so that it can be wrapped again; a process may call it alone."""
 
 
-class TrainEngine:
-    """A model under DeepSpeed's ZeRO, with AdamW. Losses passed in are already divided by GLOBAL token counts."""
+def open_engine(module: nn.Module, world: World, config: TrainingConfig) -> TrainEngine:
+    """The engine that the configuration asks for; `auto` is ZeRO 0 in one process and 1 in several, and bf16 on a GPU.
+
+    Args:
+        module: parameters in fp32, the same on every process; those that require no gradient stay as they are.
+        world: the processes.
+        config: of the training.
+    """
+    stage = (0 if world.size == 1 else 1) if config.zero_stage == "auto" else config.zero_stage
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+    if stage == 0:
+        return FlatEngine(module, world, bf16=bf16, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
+    return ShardedEngine(
+        module,
+        world,
+        zero_stage=stage,
+        bf16=bf16,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        offload_optimizer=config.offload_optimizer,
+    )
+
+
+_KEPT_WHOLE = 10_000
+"""Elements up to which ZeRO 3 keeps a parameter whole on every process: biases and norms."""
+_LARGEST_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once unless told otherwise, and reserves memory for; a smaller model needs no more than its size."""
+
+
+class ShardedEngine:
+    """A module under DeepSpeed's ZeRO 1 to 3, with AdamW."""
 
     def __init__(
         self,
-        model: nn.Module,
+        module: nn.Module,
         world: World,
         *,
         zero_stage: int,
         bf16: bool,
-        num_micro_batches: int,
         weight_decay: float,
         clip_norm: float,
+        offload_optimizer: bool = False,
     ) -> None:
-        """Wraps `model`; its parameters move to the world's device and, by stage, are sharded over the processes.
+        """Wraps `module`; its parameters move to the world's device and, by stage, are sharded over the processes.
 
         Args:
-            model: parameters in fp32.
+            module: parameters in fp32, the same on every process; those that require no gradient are not updated, nor saved.
             world: the processes.
-            zero_stage: 0 to 3.
-            bf16: forward and backward in bf16, master weights in fp32.
-            num_micro_batches: forwards and backwards of each optimizer step.
+            zero_stage: 1 to 3.
+            bf16: forward and backward in bf16; master weights, moments and the sum over micro-batches in fp32.
             weight_decay: decoupled weight decay, of matrices only.
             clip_norm: largest norm of the whole gradient.
+            offload_optimizer: masters and moments stay in the host's memory, and are updated there.
         """
-        self.world = world
-        self.zero_stage = zero_stage
-        self._unsharded_norm = 0.0
-        deepspeed = _deepspeed()
-        model.to(world.device)
-        matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=world.device.type == "cuda" or None)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies it; batches here are counted in tokens
-                "gradient_accumulation_steps": num_micro_batches,
-                "gradient_clipping": clip_norm,
-                "bf16": {"enabled": bf16},
-                "zero_optimization": {"stage": zero_stage},
-                "steps_per_print": 2**31,
-            },
-        )
+        assert zero_stage in (1, 2, 3), zero_stage
+        self.module, self.world, self.zero_stage = module, world, zero_stage
+        self._deepspeed = _deepspeed()
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._attributes: dict[Any, set[str]] = {p: set(vars(p)) for p in module.parameters()}
+        self._adam = _adamw(self._deepspeed, self._trained.values(), weight_decay, world, offload=offload_optimizer)
+        originals = {name: p.data for name, p in self._trained.items()} if bf16 else {}
+        zero = _zero_config(sum(p.numel() for p in self._trained.values()), zero_stage, world, offload_optimizer)
+        config = {
+            # DeepSpeed only multiplies these two; batches here are counted in tokens, and `backward` says which is the last.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip_norm,
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+            **(_bf16_config(zero_stage) if bf16 else {}),
+        }
+        with contextlib.redirect_stdout(None):  # what ZeRO 1 takes for bf16 prints the memory in use
+            self._engine, self._optimizer, _, _ = self._deepspeed.initialize(model=module, optimizer=self._adam, config=config)
+        if bf16:
+            # DeepSpeed makes its fp32 masters from the weights it has rounded to bf16.
+            fill(self._shard(), originals)
 
-    @property
-    def module(self) -> nn.Module:
-        """The wrapped model; call it through `forward` only."""
-        module: nn.Module = self.engine.module
-        return module
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's forward gives."""
+        return self._engine(*args, **kwargs)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits [N, L, V]."""
-        logits: Tensor = self.engine(**inputs, use_cache=False).logits
-        return logits
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of this process's share of the global loss; DeepSpeed's average over the processes is undone."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this process's share of the global loss.
-
-        DeepSpeed averages gradients over the processes and would divide by the micro-batches as well; the loss is already a share
-        of a global mean, so the first is undone and the second switched off.
-        """
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
-
-    def micro_step(self, learning_rate: float) -> None:
-        """Closes a micro-batch; the last of a step clips and updates."""
-        for group in self.optimizer.param_groups:
+    def step(self, learning_rate: float) -> Tensor:
+        """Clips and updates; gives the norm of the whole gradient before clipping, infinite where nothing was updated."""
+        assert self._engine.is_gradient_accumulation_boundary(), "a step follows the last backward"
+        for group in self._adam.param_groups:
             group["lr"] = learning_rate
-        if self.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._unsharded_norm = float(torch.nn.utils.get_total_norm(gradients))
-        self.engine.step()
-
-    def gradient_norm(self) -> float:
-        """Norm of the whole gradient of the last step, before clipping."""
-        norm = self.engine.get_global_grad_norm()
-        # In fp32 without ZeRO DeepSpeed clips and forgets the norm.
-        return self._unsharded_norm if norm is None else float(norm)
+        # Its optimizers compute the norm over all processes first, and give up the update where that is not finite.
+        self._engine.step()
+        if self._optimizer.overflow and self.zero_stage != 3:
+            # Offloading in bf16 it would keep the sum of this step for the next (0.19.8); delete when `step` there clears it.
+            for sums in (getattr(self._optimizer, name, {}) for name in ("averaged_gradients", "all_grad_tensors")):
+                sums.update(dict.fromkeys(sums))
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers whole, on the CPU, on rank 0; an empty mapping elsewhere. Every process must call it."""
+        """All parameters (the fp32 masters of those trained) and buffers, whole, on the CPU of rank 0; an empty mapping elsewhere."""
         weights: dict[str, Tensor] = {}
-        deepspeed = _deepspeed()
         for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext():
+            with self._whole(parameter) as whole:
                 if self.world.is_main:
-                    weights[name] = parameter.detach().to("cpu", copy=True)
+                    weights[name] = whole.to("cpu", torch.float32, copy=True)
         if self.world.is_main:
             weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.module.named_buffers()}
         return weights
 
+    @contextlib.contextmanager
+    def _whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        if parameter.requires_grad:
+            yield self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+        else:
+            with self._deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else contextlib.nullcontext():
+                yield parameter.detach()
+
     def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
-        """Writes a resumable checkpoint; the one before it is removed once the new one is whole. Every process must call it."""
-        tag = f"step-{step}"
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        self.world.barrier()
-        if self.world.is_main:
-            write_json(
-                folder / _RESUME, {"tag": tag, "step": step, "processes": self.world.size, "zero_stage": self.zero_stage, "state": state}
-            )
-            for old in folder.glob("step-*"):
-                if old.name != tag:
-                    shutil.rmtree(old)
-        self.world.barrier()
+        """Writes a resumable checkpoint, every process its own share."""
+        replace_state(folder, step, state, self.world, self.zero_stage, lambda tag: self._write(folder / tag))
 
     def resume(self, folder: Path) -> ResumePoint | None:
-        """Loads the last checkpoint of `save`, or gives None where there is none.
+        """Loads the last checkpoint of `save`, of any number of processes and any ZeRO stage.
 
         Raises:
-            RuntimeError: if it was saved by another number of processes or under another ZeRO stage.
+            RuntimeError: if it is damaged, or of another model.
         """
         found = read_resume(folder)
-        if found is None:
-            return None
-        for key, now in (("processes", self.world.size), ("zero_stage", self.zero_stage)):
-            if found[key] != now:
-                raise RuntimeError(
-                    f"{folder} was saved with {key} = {found[key]}, and this run has {now}: run with {found[key]} again, "
-                    f"or delete that folder to train this model from its start"
-                )
-        path, _ = self.engine.load_checkpoint(str(folder), tag=found["tag"])
-        if path is None:
-            raise RuntimeError(f"{folder / found['tag']} cannot be loaded: delete {folder} to train this model from its start")
-        return ResumePoint(found["step"], found["state"])
+        if found is not None:
+            error, updates = None, 0
+            try:
+                updates = read_shards(folder / found.tag, self._shard())
+            except RuntimeError as caught:
+                error = caught
+            self.world.agree(error)
+            set_updates(self._adam, updates)
+            zero_layout.refresh(self._optimizer, self.zero_stage)
+        return found
+
+    def _write(self, folder: Path) -> None:
+        error: Exception | None = None
+        if self.world.is_main:
+            # A state that was being written when the processes died may be of more of them.
+            shutil.rmtree(folder, ignore_errors=True)
+        self.world.barrier()
+        try:
+            write_shard(folder, self._shard(), updates_of(self._adam), number=self.world.rank, of=self.world.size)
+        except (OSError, RuntimeError) as caught:
+            error = caught
+        self.world.agree(error)
+
+    def _shard(self) -> Shard:
+        return zero_layout.shard_of(self._optimizer, self._adam, self._trained, self.zero_stage, self.world.rank)
+
+    def release(self) -> None:
+        """Takes DeepSpeed off the module, whose parameters are in fp32 again: under ZeRO 3 not a number until weights are loaded."""
+        shapes = {p: p.ds_shape for p in self._attributes} if self.zero_stage == 3 else {}
+        self._engine.destroy()
+        for module in self.module.modules():
+            module._parameters = module.__dict__.pop("_original_parameters", module._parameters)
+        for parameter, before in self._attributes.items():
+            for name in vars(parameter).keys() - before:
+                delattr(parameter, name)
+            parameter.grad = None
+            parameter.data = torch.full(shapes[parameter], torch.nan) if shapes else parameter.data.to(torch.float32, copy=True)
 
 
-def read_resume(folder: Path) -> dict[str, Any] | None:
-    """What `TrainEngine.save` noted last, or None."""
-    import json
+def _zero_config(num_trained: int, stage: int, world: World, offload: bool) -> dict[str, Any]:
+    bucket = min(_LARGEST_BUCKET, num_trained)
+    # Gathered pieces begin at even elements.
+    config: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket + bucket % 2}
+    if stage == 3:
+        config["stage3_param_persistence_threshold"] = _KEPT_WHOLE
+    if offload:
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    return config
 
-    path = folder / _RESUME
-    return json.loads(path.read_text()) if path.is_file() else None
+
+def _bf16_config(stage: int) -> dict[str, Any]:
+    # Micro-batches are added up in fp32. ZeRO 1 reduces their sum once a step, which bf16 would round; 2 and 3 reduce each of them.
+    once = {"communication_data_type": "fp32"} if stage == 1 else {}
+    return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **once}
+
+
+def _adamw(deepspeed: Any, trained: Iterable[nn.Parameter], weight_decay: float, world: World, *, offload: bool) -> torch.optim.Optimizer:
+    """AdamW with decay of matrices: torch's, fused; for masters in the host's memory DeepSpeed's, where it can be compiled."""
+    parameters = list(trained)
+    sorts = [([p for p in parameters if p.dim() > 1], weight_decay), ([p for p in parameters if p.dim() <= 1], 0.0)]
+    if offload and world.device.type == "cuda":
+        groups = [{"params": list(params), "weight_decay": decay} for params, decay in sorts if params]
+        built: torch.optim.Optimizer | None = None
+        with contextlib.suppress(RuntimeError, ImportError, OSError):
+            built = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0)
+        # Every process must have the same: a state saved by one is read by another.
+        if int(world.sum(torch.tensor(int(built is not None)))) == world.size:
+            assert built is not None
+            return built
+        if world.is_main:
+            _LOG.warning(
+                "DeepSpeed's optimizer for the CPU cannot be compiled (it needs a C++ compiler and ninja): torch's takes its place"
+            )
+    groups = [{"params": list(params), "weight_decay": decay} for params, decay in sorts if params]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 @dataclass(frozen=True, slots=True)

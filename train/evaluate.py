@@ -20,7 +20,7 @@ from typing import Literal, Self
 
 from data.config import Metric
 from data.examples import TaskExample, read_examples
-from data.prompts import Part, parse_solution
+from data.prompts import Part, label_of
 from train.artifacts import EvalResult, Records, write_json
 from train.progress import StageProgress
 from train.runtimes import Device, Runtime, answers, model_bytes, open_runtime
@@ -191,8 +191,7 @@ def _from_model(request: EvalRequest, examples: Sequence[TaskExample]) -> tuple[
         texts = answers(
             runtime, inputs, request.part, batch_size=request.batch_size, max_new_tokens=request.max_new_tokens, advance=progress.advance
         )
-    labels = [parse_solution(text)[1] if request.part == "solve" else text for text in texts]
-    return [Answer(*pair) for pair in zip(texts, labels, strict=True)], _measure(runtime, request, inputs, load_seconds)
+    return [Answer(text, label_of(text, request.part)) for text in texts], _measure(runtime, request, inputs, load_seconds)
 
 
 def _from_records(request: EvalRequest, examples: Sequence[TaskExample]) -> tuple[list[Answer], Serving]:

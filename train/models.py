@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,11 @@ from transformers import (
 )
 
 from data.prompts import TextFormat
+from train.activity import Sample
 from train.artifacts import Family
 from train.config import CutModel, ModelSource, ScratchModel
-from train.cutting import cut_layers
+from train.cutting import cut
+from train.lora import plain_name
 from train.sources import Place, locate, quiet, reading
 from train.tokenization import (
     check_same_vocabulary,
@@ -68,6 +70,7 @@ def load_model(
     dtype: torch.dtype,
     teacher_folder: str | Path | None = None,
     key: str = "student.model",
+    samples: Sequence[Sample] | None = None,
 ) -> PreTrainedModel:
     """A model on the CPU, in evaluation mode.
 
@@ -78,9 +81,10 @@ def load_model(
         dtype: of the weights.
         teacher_folder: the teacher's folder (or its name); read for a cut student only.
         key: the configuration key of the model, for messages.
+        samples: token ids of the task's texts, by which a cut student's neurons and heads are chosen; random ones where None.
 
     Raises:
-        ValueError: if the name means nothing, a folder lacks weights or configuration, or the layers to keep do not exist.
+        ValueError: if the name means nothing, a folder lacks weights or configuration, or what is to be kept of a teacher does not exist.
         RuntimeError: if a package is missing, files are broken or a download failed.
     """
     if isinstance(source, ScratchModel):
@@ -88,7 +92,7 @@ def load_model(
     if isinstance(source, CutModel):
         assert teacher_folder is not None, "a cut student needs its teacher"
         model = _pretrained(str(teacher_folder), dtype, "teacher.model")
-        cut_layers(model, source.layers, key)
+        cut(model, source, key, samples)
     else:
         model = _pretrained(source, dtype, key)
     rows, ids = model.get_input_embeddings().weight.shape[0], _vocabulary_size(tokenizer)
@@ -246,12 +250,14 @@ def save_model(
         tokenizer: goes into the folder.
         format: how the model is called.
         folder: made where missing.
-        state_dict: the whole weights, gathered from a sharded run, under the model's own names.
+        state_dict: the whole weights, gathered from a sharded run, under the model's own names; of a model with adapters, what
+            `merged_weights` gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _set_special_tokens(model, tokenizer, format)
     with quiet():
         if state_dict is None:
+            assert all(plain_name(name) == name for name, _ in model.named_parameters()), "a model with adapters is saved by merged weights"
             model.save_pretrained(folder)
         else:
             weights = _without_tied_copies(model, state_dict)
@@ -278,9 +284,14 @@ def _without_tied_copies(model: PreTrainedModel, state_dict: Mapping[str, torch.
     pairs = model.all_tied_weights_keys.items()
     tied = {target: source for target, source in pairs if model.get_parameter(target) is model.get_parameter(source)}
     weights = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
-    missing = {name for name, _ in model.named_parameters()} - state_dict.keys()
+    missing = _plain_names(model) - state_dict.keys()
     assert not missing, f"the gathered weights lack {sorted(missing)[:3]}"
     return weights
+
+
+def _plain_names(model: PreTrainedModel) -> set[str]:
+    # A model that trains through adapters still holds them when its merged weights are saved.
+    return {plain for name, _ in model.named_parameters() if (plain := plain_name(name)) is not None}
 
 
 def load_folder(folder: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextFormat]:

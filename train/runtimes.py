@@ -14,6 +14,7 @@ from train.artifacts import Family
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["auto", "cpu", "cuda"]
 RuntimeKind = Literal["transformers", "ctranslate2"]
@@ -66,18 +67,32 @@ class TransformersRuntime:
             RuntimeError: if device is cuda and there is none.
         """
         import torch
-        from transformers import GenerationConfig
 
-        from train.models import decode, encoder, load_folder
+        from train.models import load_folder
 
         if device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("device is cuda, but torch finds no GPU: choose cpu or auto")
         if threads:
             torch.set_num_threads(threads)
-        self.device: str = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self._model, self._tokenizer, self.format = load_folder(folder, dtype=getattr(torch, dtype))
-        self._model.to(self.device).eval()
-        self.family: Family = self.format.family
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        model, tokenizer, form = load_folder(folder, dtype=getattr(torch, dtype))
+        self._serve(model.to(place), tokenizer, form)
+
+    @classmethod
+    def over(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: TextFormat) -> TransformersRuntime:
+        """Serves a live model where it lies; its generation settings are replaced, and it is put into evaluation mode."""
+        runtime = cls.__new__(cls)
+        runtime._serve(model, tokenizer, form)
+        return runtime
+
+    def _serve(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: TextFormat) -> None:
+        from transformers import GenerationConfig
+
+        from train.models import decode, encoder
+
+        self._model, self._tokenizer, self.format = model.eval(), tokenizer, form
+        self.device: str = model.device.type
+        self.family: Family = form.family
         self.encode = encoder(self._tokenizer)
         self._decode = decode
         # A hub model's own generation settings (temperature, penalties) would make this something else than plain greedy decoding.

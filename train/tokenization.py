@@ -174,7 +174,8 @@ def check_same_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_to
         raise ValueError(
             f"student.loss.soft needs one vocabulary, but {len(differing)} tokens differ between student ({len(student)} tokens) and "
             f"teacher ({len(teacher)}), for example {token!r} (id {student.get(token)} and {teacher.get(token)}). "
-            "Cut the student from its teacher (model: {cut_from: teacher, layers: N}), choose one of the teacher's family, or set soft: 0"
+            "Cut the student from its teacher (model: {cut_from: teacher, ...}, with fewer layers, neurons or heads), choose one of the "
+            "teacher's family, or set soft: 0"
         )
 
 

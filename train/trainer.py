@@ -1,39 +1,45 @@
 """The one training loop. A student learns with it, and a teacher is tuned with it.
 
-batches -> global token counts -> losses -> backward -> finite? -> step -> track -> validate -> checkpoint
+sequences -> global token counts -> losses -> backward -> step -> track -> validate -> checkpoint
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.batches import Order, StudentBatch, collate, micro_batches
+from data.batches import Order, SoftSource, StudentBatch, collate, deal, read_tokens, token_counts
 from data.prompts import TextFormat
-from data.rows import TrainRow
+from data.rows import TrainRow, TrainSequence
 from train.artifacts import Checkpoint
 from train.config import LossConfig, TrainingConfig
-from train.engine import TrainEngine, World
-from train.losses import cross_entropy_sum, exact_matches, sampled_forward_kl_sum, top_k_forward_kl_sum, weighted_cross_entropy_sum
+from train.engine import TrainEngine, open_engine
+from train.gpus import known_gpu
+from train.keepers import Keeper, ModelFolders
+from train.learner import Learner, LiveTeacher, can_pack, tensors_of
+from train.lora import attach_lora, merged_weights
+from train.losses import PARTS, Divergence
+from train.meter import Meter
 from train.models import num_parameters, save_model
+from train.passes import open_passes
 from train.progress import StageProgress
 from train.schedules import learning_rate
+from train.signals import Stopped, catching
+from train.throughput import Arithmetic
 from train.tracking import Tracker
+from train.world import World
 
-PARTS = ("label", "rationale", "soft")
-
-Export = Callable[[dict[str, Tensor], Path], None]
-"""Writes gathered weights as a model folder."""
 OpenTracker = Callable[[int], Tracker]
 """Opens the tracker of a training that goes on after this step."""
+_AUTO_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,12 @@ class TrainingRun:
     loss: LossConfig
     seed: int
     folder: Path
-    """Where checkpoints and the best model go."""
+    """Where the resumable state goes."""
     title: str
+    vocabulary: int | None = None
+    """Ids of the tokenizer, over which soft labels are compared."""
+    resumable: bool = True
+    """Save the state to go on from; a run that is over within a minute is sooner begun anew."""
 
     @property
     def order(self) -> Order:
@@ -60,14 +70,30 @@ class TrainingRun:
         """Optimizer steps in all."""
         return max(1, round(self.config.epochs * self.order.steps_per_epoch))
 
-    def micro_batching(self, world: World) -> tuple[int, int]:
-        """Examples of a micro-batch, and micro-batches of a step, the same on every process."""
-        share = -(-min(self.config.batch_size, len(self.rows)) // world.size)
-        # Rows of more sequences than a label and a rationale take their memory from the number of rows.
-        widest = max(2, max(len(row.sequences) for row in self.rows))
-        auto = max(1, (min(share, 32) if world.device.type == "cuda" else share) * 2 // widest)
-        size = auto if self.config.micro_batch_size == "auto" else min(self.config.micro_batch_size, share)
-        return size, -(-share // size)
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens of one forward."""
+        return _AUTO_TOKENS if self.config.micro_batch_tokens == "auto" else self.config.micro_batch_tokens
+
+    @property
+    def soft(self) -> SoftSource:
+        """Where the soft labels come from."""
+        return "live" if self.loss.soft and self.loss.teacher == "live" else "stored"
+
+    @property
+    def divergence(self) -> Divergence:
+        """From the soft labels."""
+        loss = self.loss
+        return Divergence(loss.divergence, loss.temperature or 1.0, 0.5 if loss.beta is None else loss.beta, loss.skew or 0.1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(read_tokens(sequence) for row in self.rows for sequence in row.sequences)
+
+    def sequences_of(self, step: int) -> list[TrainSequence]:
+        """What an optimizer step (from 0) learns."""
+        return [sequence for n in self.order.rows_of(step) for sequence in self.rows[n].sequences]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,72 +105,104 @@ class Best:
     """Share of validation rows whose label greedy decoding writes exactly."""
     loss: float = math.inf
     """Cross-entropy of the validation labels, nats a token."""
+    waited: int = 0
+    """Validations since, none of them better."""
 
-    def improved_by(self, found: dict[str, float]) -> bool:
+    def improved_by(self, found: Mapping[str, float]) -> bool:
         """More exact matches, or as many at a lower loss."""
         return (-found["exact_match"], found["loss"]) < (-self.exact_match, self.loss)
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How a training ended; the best model lies in `folder/model`."""
+    """How a training ended."""
 
     steps: int
     best: Best
     seconds: float
 
 
-def train(model: nn.Module, run: TrainingRun, world: World, open_tracker: OpenTracker, export: Export) -> Trained:
-    """Trains `model`, selects on validation, and leaves the best in `run.folder / "model"`.
+def train(
+    model: PreTrainedModel,
+    run: TrainingRun,
+    world: World,
+    open_tracker: OpenTracker,
+    keeper: Keeper,
+    *,
+    live: LiveTeacher | None = None,
+    key: str = "student.model",
+) -> Trained:
+    """Trains `model`, selects on validation, and gives the best weights to `keeper`.
 
     Killed at any point and called again with the same arguments, it goes on from its last checkpoint to the same weights: the order
-    of rows and the dropout are functions of seed, step and rank.
+    of rows and the dropout are functions of seed, step and rank. Afterwards the model's parameters are the last step's, in fp32 under
+    ZeRO stage 0.
+
+    Args:
+        model: parameters in fp32, the same on every process.
+        run: rows, knobs and place.
+        world: the processes.
+        open_tracker: gives the tracker, from a step.
+        keeper: gets the best weights.
+        live: a teacher that reads every batch.
+        key: the configuration key of the model, for messages.
 
     Raises:
-        RuntimeError: on a loss that is not finite, before the update, on every process.
+        ValueError: if the model cannot be trained here.
+        RuntimeError: on a loss or gradient that is not finite, with nothing updated since, on every process.
+        Stopped: after SIGTERM or SIGUSR1, with the state saved, on every process.
     """
-    started = time.monotonic()
-    config = run.config
-    micro_size, num_micro = run.micro_batching(world)
-    engine = _wrap(model, config, world, num_micro)
-    start, best, earlier_seconds = _resume(engine, run.folder)
-    weights = torch.tensor([getattr(run.loss, part) for part in PARTS], device=world.device)
-    validate_every = config.validate_every or run.order.steps_per_epoch
-    save_every = config.save_every or run.order.steps_per_epoch
-    with open_tracker(start) as tracker, StageProgress(run.title, run.num_steps, "steps", enabled=world.is_main) as progress:
+    started, config = time.monotonic(), run.config
+    batches = _Batches(run, world, can_pack(model, run.text_format, key), getattr(model.config, "decoder_start_token_id", None) or 0)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    meter = Meter(world, torch.tensor([getattr(run.loss, part) for part in PARTS]), Arithmetic.of(model), _peak_flops(world, config))
+    learner = Learner(model, divergence=run.divergence, vocabulary=run.vocabulary, live=live if run.soft == "live" else None)
+    with ExitStack() as stack:
+        stack.callback(learner.release)
+        engine = open_engine(learner.train(), world, config)
+        stack.callback(engine.release)
+        passes = open_passes(learner, engine, config, packed=batches.packed, num_steps=run.num_steps, longest=run.longest)
+        resumed = engine.resume(run.folder / "state")
+        start, earlier = (resumed.step, resumed.state["seconds"]) if resumed else (0, 0.0)
+        best = Best(**resumed.state["best"]) if resumed else Best()
+        step, ended = start, _has_waited(best, config)
+        validate_every, save_every = (every or run.order.steps_per_epoch for every in (config.validate_every, config.save_every))
+        tracker = stack.enter_context(open_tracker(start))
+        progress = stack.enter_context(StageProgress(run.title, run.num_steps, "steps", enabled=world.is_main))
+        signal = stack.enter_context(catching())
+        if batches.packed:
+            stack.enter_context(learner.packed())
         progress.advance(start)
-        for step in range(start, run.num_steps):
+        while step < run.num_steps and not ended:
             torch.manual_seed((run.seed << 32) + (step << 12) + world.rank)
-            rows = [run.rows[n] for n in run.order.rows_of(step)]
-            batches = _batches(rows, run.text_format, _start_id(engine), world, micro_size, num_micro)
-            counts = world.sum(torch.stack([batch.token_counts() for batch in batches]).sum(dim=0)).clamp(min=1)
+            sequences = run.sequences_of(step)
+            counts = token_counts(sequences, run.soft).clamp(min=1).float()
+            scale = _moved(meter.weights / counts, world.device)
             rate = learning_rate(step, num_steps=run.num_steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
             sums = torch.zeros(len(PARTS), device=world.device)
-            for number, batch in enumerate(batch.to(world.device) for batch in batches):
-                local = loss_sums(engine.forward(batch.model_inputs()), batch)
-                engine.backward((weights * local / counts.to(local)).sum())
-                sums += local.detach()
-                if number == num_micro - 1:
-                    losses = _finite(world.sum(sums).cpu() / counts, step + 1, rows)
-                engine.micro_step(rate)
-            total = float((weights.cpu() * losses).sum())
-            parts = {f"loss_{part}": float(losses[i]) for i, part in enumerate(PARTS) if getattr(run.loss, part)}
-            tracker.log(step + 1, {"loss": total, **parts, "learning_rate": rate, "gradient_norm": engine.gradient_norm()})
-            last = step + 1 == run.num_steps
-            if (step + 1) % validate_every == 0 or last:
-                found = validate(engine, run.validation, run.text_format, world, micro_size)
-                tracker.log(step + 1, {f"validation_{name}": value for name, value in found.items()})
-                if best.improved_by(found):
-                    best = Best(step + 1, **found)
-                    _write_model(engine, run.folder / f"model-{best.step}", world, export)
-            if (step + 1) % save_every == 0 or last:
-                seconds = earlier_seconds + time.monotonic() - started
-                engine.save(run.folder / "state", step + 1, {"best": asdict(best), "seconds": seconds})
-                _remove_models_but(run.folder, best.step, world)
-            progress.advance(1, f"loss {total:.3f}  best validation {best.exact_match:.1%}" if best.step else f"loss {total:.3f}")
+            for number, batch in enumerate(micro := batches.of_step(sequences)):
+                sums += passes(scale, batch, last=number == len(micro) - 1)
+            meter.add(step + 1, sums, counts, engine.step(rate), rate, sequences, [run.rows[n].id for n in run.order.rows_of(step)])
+            step += 1
+            validates = step % validate_every == 0 or step == run.num_steps
+            saves = run.resumable and (step % save_every == 0 or step == run.num_steps)
+            if engine.zero_stage or validates or saves or step % config.log_every == 0:
+                stopping = _flush(meter, tracker, progress, best, signal.asked)
+                if validates:
+                    best = _validated(engine, batches, run, tracker, step, best, keeper)
+                    meter.restart()
+                ended = _has_waited(best, config)
+                if saves or (run.resumable and (ended or stopping)):
+                    seconds = earlier + time.monotonic() - started
+                    engine.save(run.folder / "state", step, {"best": asdict(best), "seconds": seconds})
+                    keeper.settle(best.step)
+                    meter.restart()
+                if stopping and not ended and step < run.num_steps:
+                    kept = "the state is saved" if run.resumable else "it begins anew"
+                    raise Stopped(f"{run.title}: stopped by a signal after step {step} of {run.num_steps}; {kept}")
         tracker.summary({"best_step": best.step, "validation_exact_match": best.exact_match, "validation_loss": best.loss})
-    _finish(run.folder, best.step, world)
-    return Trained(run.num_steps, best, earlier_seconds + time.monotonic() - started)
+    return Trained(step, best, earlier + time.monotonic() - started)
 
 
 def train_checkpoint(
@@ -154,23 +212,32 @@ def train_checkpoint(
     world: World,
     open_tracker: OpenTracker,
     counts: Mapping[str, int],
+    *,
+    live: LiveTeacher | None = None,
+    key: str = "student",
 ) -> Checkpoint:
     """Trains `model` and describes the best of it, which lies in `run.folder / "model"` as plain transformers loads it.
 
     Args:
-        model: parameters in fp32, whole.
-        tokenizer: saved beside the weights.
+        model: parameters in fp32, whole; adapters are put in here, where the configuration asks for them.
+        tokenizer: saved beside the weights; its size bounds the soft labels' vocabulary.
         run: rows, knobs and place.
         world: the processes.
         open_tracker: gives the tracker, from a step.
         counts: of the rows, for the report.
+        live: a teacher that reads every batch.
+        key: of the section of the configuration, for messages.
     """
-    parameters = num_parameters(model)
+    parameters, lora = num_parameters(model), run.config.lora
+    if lora is not None:
+        attach_lora(model, lora, f"{key}.lora", seed=run.seed)
 
     def export(weights: dict[str, Tensor], folder: Path) -> None:
-        save_model(model, tokenizer, run.text_format, folder, state_dict=weights)
+        save_model(model, tokenizer, run.text_format, folder, state_dict=merged_weights(weights, lora) if lora else weights)
 
-    trained = train(model, run, world, open_tracker, export)
+    keeper = ModelFolders(run.folder, world, export)
+    trained = train(model, replace(run, vocabulary=len(tokenizer)), world, open_tracker, keeper, live=live, key=f"{key}.model")
+    keeper.finish(trained.best.step)
     return Checkpoint(
         family=run.text_format.family,
         num_parameters=parameters,
@@ -187,121 +254,77 @@ def train_checkpoint(
     )
 
 
-def loss_sums(logits: Tensor, batch: StudentBatch) -> Tensor:
-    """[3] fp32: losses of label, rationale and soft labels, each summed over its own target tokens of this batch.
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """This process's forwards of a set of sequences."""
 
-    The soft labels' loss is a divergence at the tokens that have a distribution, and a weighted cross-entropy at those of the teacher's
-    answers.
-    """
-    on_tokens = (logits, batch.soft_positions, batch.soft_ids, batch.soft_log_probs)
-    divergence = (
-        top_k_forward_kl_sum(*on_tokens)
-        if batch.soft_temperature is None
-        else sampled_forward_kl_sum(*on_tokens, temperature=batch.soft_temperature)
-    )
-    return torch.stack(
-        [
-            cross_entropy_sum(logits, batch.targets, batch.label_mask),
-            cross_entropy_sum(logits, batch.targets, batch.rationale_mask),
-            divergence + weighted_cross_entropy_sum(logits, batch.targets, batch.answer_weights),
+    run: TrainingRun
+    world: World
+    packed: bool
+    start_id: int
+
+    def of_step(self, sequences: Sequence[TrainSequence]) -> list[StudentBatch]:
+        shares = deal(sequences, num_ranks=self.world.size, max_tokens=self.run.micro_batch_tokens, packed=self.packed)
+        return [
+            collate(share, self.run.text_format, self.start_id, packed=self.packed, num_masked=filling, soft=self.run.soft)
+            for share, filling in shares[self.world.rank]
         ]
-    )
 
 
 @torch.no_grad()
-def validate(engine: TrainEngine, rows: Sequence[TrainRow], text_format: TextFormat, world: World, batch_size: int) -> dict[str, float]:
-    """Exact matches of greedy decoding (share of rows) and the cross-entropy of labels (nats a token), over all processes' rows."""
+def validate(engine: TrainEngine, batches: _Batches, rows: Sequence[TrainRow]) -> dict[str, float]:
+    """Exact matches of greedy decoding (share of rows) and the cross-entropy of labels (nats a token), over all processes' rows.
+
+    If every most probable token under the gold prefix is the gold token, greedy decoding writes the gold label, and the other way round.
+    """
     engine.module.eval()
-    found = torch.zeros(3, dtype=torch.float64)
-    num_batches = -(-len(rows) // (world.size * batch_size))
-    for batch in _batches(rows, text_format, _start_id(engine), world, batch_size, num_batches, labels_only=True):
-        batch = batch.to(world.device)
-        logits = engine.forward(batch.model_inputs())
-        matches = exact_matches(logits, batch.targets, batch.label_mask).sum()
-        loss = cross_entropy_sum(logits, batch.targets, batch.label_mask)
-        found += torch.stack([matches, loss, batch.label_mask.sum()]).to("cpu", torch.float64)
+    device = batches.world.device
+    found = torch.zeros(3, device=device, dtype=torch.float64)
+    scale = torch.ones(len(PARTS), device=device)
+    for batch in batches.of_step([sequence for row in rows for sequence in row.sequences if sequence.is_label]):
+        batch = batch.to(device)
+        with torch.compiler.set_stance("force_eager"):  # a graph without gradients would be compiled for a few forwards
+            sums, right = engine.forward(scale, matching=True, **tensors_of(batch))
+        written = torch.ones(batch.num_sequences, device=device).scatter_reduce(0, batch.sequence, right.float(), "amin")
+        counted = torch.zeros_like(written).scatter_reduce(0, batch.sequence, batch.weights, "amax")
+        found += torch.stack([(written * counted).sum().double(), sums[0].double(), batch.weights.sum().double()])
     engine.module.train()
-    matched, loss, tokens = world.sum(found).tolist()
+    matched, loss, tokens = batches.world.sum(found).tolist()
     return {"exact_match": matched / len(rows), "loss": loss / tokens}
 
 
-def _wrap(model: nn.Module, config: TrainingConfig, world: World, num_micro_batches: int) -> TrainEngine:
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-    return TrainEngine(
-        model.train(),
-        world,
-        zero_stage=config.zero_stage,
-        bf16=bf16,
-        num_micro_batches=num_micro_batches,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
+def _validated(engine: TrainEngine, batches: _Batches, run: TrainingRun, tracker: Tracker, step: int, best: Best, keeper: Keeper) -> Best:
+    found = validate(engine, batches, run.validation)
+    tracker.log(step, {f"validation_{name}": value for name, value in found.items()})
+    if not best.improved_by(found):
+        return replace(best, waited=best.waited + 1)
+
+    def gather() -> dict[str, Tensor]:
+        return {name.removeprefix("model."): value for name, value in engine.gather_weights().items()}
+
+    keeper.keep(step, gather)
+    return Best(step, found["exact_match"], found["loss"])
 
 
-def _resume(engine: TrainEngine, folder: Path) -> tuple[int, Best, float]:
-    found = engine.resume(folder / "state")
-    return (found.step, Best(**found.state["best"]), found.state["seconds"]) if found else (0, Best(), 0.0)
+def _flush(meter: Meter, tracker: Tracker, progress: StageProgress, best: Best, asked: str | None) -> bool:
+    """Writes what the meter holds; whether any process was asked to stop."""
+    lines, stopping = meter.flush(asked is not None)
+    for step, values in lines:
+        tracker.log(step, values)
+    told = f"loss {lines[-1][1]['loss']:.3f}"
+    progress.advance(len(lines), f"{told}  best validation {best.exact_match:.1%}" if best.step else told)
+    return stopping
 
 
-def _start_id(engine: TrainEngine) -> int:
-    return getattr(engine.module.config, "decoder_start_token_id", None) or 0
+def _has_waited(best: Best, config: TrainingConfig) -> bool:
+    return config.patience is not None and best.waited >= config.patience
 
 
-def _batches(
-    rows: Sequence[TrainRow],
-    text_format: TextFormat,
-    start_id: int,
-    world: World,
-    micro_size: int,
-    num_micro: int,
-    *,
-    labels_only: bool = False,
-) -> list[StudentBatch]:
-    batches = []
-    shares = micro_batches(rows, rank=world.rank, num_ranks=world.size, micro_batch_size=micro_size, num_micro_batches=num_micro)
-    for share, is_filling in shares:
-        sequences = [s for row in share for s in row.sequences if s.is_label or not labels_only]
-        batches.append(collate(sequences, text_format, start_id, num_masked=len(sequences) if is_filling else 0))
-    return batches
+def _peak_flops(world: World, config: TrainingConfig) -> float | None:
+    """Of one device in bf16; None for a CPU, a GPU that is not known, and in fp32."""
+    gpu = known_gpu(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    return gpu.bf16_flops if gpu is not None and config.precision != "fp32" else None
 
 
-def _finite(losses: Tensor, step: int, rows: Sequence[TrainRow]) -> Tensor:
-    # The sums are the same on all processes, so all of them raise, and none has updated.
-    if torch.isfinite(losses).all():
-        return losses
-    parts = ", ".join(f"{part} {float(value):.4g}" for part, value in zip(PARTS, losses, strict=True))
-    ids = ", ".join(row.id for row in rows[:8])
-    raise RuntimeError(
-        f"the loss is not finite at step {step} ({parts}); nothing was updated. The batch holds the examples {ids}"
-        f"{', ...' if len(rows) > 8 else ''}. Lower the learning rate or lengthen the warm-up, and run again from the last checkpoint"
-    )
-
-
-def _write_model(engine: TrainEngine, folder: Path, world: World, export: Export) -> None:
-    weights = engine.gather_weights()
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            export(weights, folder)
-        except (OSError, RuntimeError) as caught:
-            error = caught
-    world.agree(error)
-
-
-def _remove_models_but(folder: Path, step: int, world: World) -> None:
-    if world.is_main:
-        for old in folder.glob("model-*"):
-            if old.name != f"model-{step}":
-                shutil.rmtree(old)
-
-
-def _finish(folder: Path, best_step: int, world: World) -> None:
-    if world.is_main:
-        best = folder / f"model-{best_step}"
-        if best.is_dir():
-            # A process killed while it removed the state trains again from the start, and finds its earlier result here.
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            best.replace(folder / "model")
-        shutil.rmtree(folder / "state", ignore_errors=True)
-    world.barrier()
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

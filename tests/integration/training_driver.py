@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N tests/integration/training_driver.py OUT.json RUN [RUN ...]
 
-A RUN is FAMILY:ZERO_STAGE:MICRO_BATCH_SIZE, such as t5:2:auto, or FAMILY:ZERO_STAGE:MICRO_BATCH_SIZE:SOFT with the soft labels top_k
-(where left out), sampled or answers.
+A RUN is FAMILY:ZERO_STAGE:MICRO_BATCH_TOKENS, such as t5:2:auto or llama:0:64, or FAMILY:ZERO_STAGE:MICRO_BATCH_TOKENS:WAY, where WAY is
+the kind of soft labels (top_k where left out, sampled, answers, or live: of a teacher beside the student), or lora, or checkpointed. What
+follows a # only tells runs apart. A number of tokens must be one at which a step takes several forwards, auto one at which it takes one.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.batches import deal
 from data.rows import TrainRow, TrainSequence
 from data.soft_labels import Sampled, SoftLabels, TopK
 from train.config import LossConfig, ScratchModel, StudentConfig, TrackingConfig
-from train.engine import World, start
+from train.engine import start
+from train.learner import LiveTeacher
 from train.models import family_of, load_model
 from train.tokenization import text_format, train_tokenizer
 from train.tracking import Tracker, read_log
 from train.trainer import TrainingRun, train_checkpoint
+from train.world import World
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -66,30 +70,42 @@ def scored(label: list[int], vocabulary: int, soft: str) -> SoftLabels:
 
 def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
     """One training of 15 steps: 3 epochs of 5 batches of 8, the last batch short."""
-    family, zero_stage, micro, soft = [*name.split("#")[0].split(":"), "top_k"][:4]
+    family, zero_stage, tokens, way = [*name.split("#")[0].split(":"), "top_k"][:4]
     tokenizer = train_tokenizer(WORDS, 300)
-    model = load_model(ScratchModel(from_scratch=family, d_model=16, layers=2, heads=2, d_ff=32), tokenizer, seed=3, dtype=torch.float32)
+    sizes = ScratchModel(from_scratch=family, d_model=16, layers=2, heads=2, d_ff=32)
+    model = load_model(sizes, tokenizer, seed=3, dtype=torch.float32)
     form = text_format(tokenizer, family_of(model), max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
-    data = rows(len(tokenizer), [1] if family == "t5" else [5], soft)
+    data = rows(len(tokenizer), [1] if family == "t5" else [5], way if way in ("sampled", "answers") else "top_k")
     config = StudentConfig.model_validate(
         {
             "model": "unused",
             "epochs": 3,
             "batch_size": 8,
-            "micro_batch_size": int(micro) if micro != "auto" else "auto",
+            "micro_batch_tokens": int(tokens) if tokens != "auto" else "auto",
             "zero_stage": int(zero_stage),
             "precision": "fp32",
             "learning_rate": 3e-3,
             "weight_decay": 0.1,
+            "activation_checkpointing": way == "checkpointed",
+            "lora": {"rank": 4} if way == "lora" else None,
         }
     )
-    training = TrainingRun(data, data[:11], form, config, LossConfig(label=0.5, rationale=0.5, soft=0.7), 7, folder, name)
+    teacher = LiveTeacher(load_model(sizes, tokenizer, seed=4, dtype=torch.float32).eval()) if way == "live" else None
+    loss = {
+        "label": 0.5,
+        "rationale": 0.5,
+        "soft": 0.7,
+        **({"teacher": "live", "divergence": "jsd", "temperature": 0.5} if teacher else {}),
+    }
+    training = TrainingRun(data, data[:11], form, config, LossConfig.model_validate(loss), 7, folder, name)
+    shares = deal(training.sequences_of(0), num_ranks=world.size, max_tokens=training.micro_batch_tokens, packed=family == "llama")
+    assert (len(shares[0]) == 1) == (tokens == "auto"), shares
 
     def tracker(step: int) -> Tracker:
         disabled = TrackingConfig(wandb="disabled")
         return Tracker(folder, disabled, group="test", job_type="train", settings={}, enabled=world.is_main, from_step=step)
 
-    made = train_checkpoint(model, tokenizer, training, world, tracker, {})
+    made = train_checkpoint(model, tokenizer, training, world, tracker, {}, live=teacher)
     if not world.is_main:
         return []
     weights = sum(

@@ -177,7 +177,26 @@ HUB = "OWNER/teacher"
         (
             RECORDED,
             {"student.loss.soft": 0.5},
-            "student.loss.soft has a weight, but teacher.soft_labels is missing: add it (a recorded teacher has none), or set soft to 0",
+            "student.loss.soft has a weight, but teacher.soft_labels is missing: add it or set student.loss.teacher to live (a recorded "
+            "teacher can do neither), or set soft to 0",
+        ),
+        (
+            RECORDED,
+            {"student.loss.soft": 0.5, "student.loss.teacher": "live"},
+            "student.loss.teacher is live, but with teacher.source: recorded no model of the teacher runs here: set teacher.source to "
+            "deepspeed, or remove student.loss.teacher",
+        ),
+        (
+            LIVE,
+            {"student.single_task": True},
+            "student: single_task learns rationale and label as one target, whose loss is loss.label, but loss.rationale is 0.5, not 0: "
+            "set loss to {label: 1, rationale: 0}, or single_task to false",
+        ),
+        (
+            LIVE,
+            {"student.single_task": True, "student.loss": {"label": 1, "rationale": 0, "soft": 0.25}},
+            "student: single_task learns rationale and label as one target, whose loss is loss.label, but loss.soft is 0.25, not 0: "
+            "set loss to {label: 1, rationale: 0}, or single_task to false",
         ),
         (
             RECORDED,
@@ -200,6 +219,24 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
     assert message(changed(base, changes)) == expected
 
 
+def test_a_single_task_student_is_an_arm_of_its_own_beside_arms_of_two_tasks() -> None:
+    loss = {"label": 2, "rationale": 0}
+    made = validate(
+        changed(LIVE, {"student.single_task": True, "student.loss": loss, "student.baselines": ["labels_only", "step_by_step"]}), "file"
+    ).student
+    assert (made.arm, list(made.arms)) == ("single_task", ["labels_only", "step_by_step", "single_task"])
+    own, labels_only, step_by_step = (made.of_arm(arm) for arm in ("single_task", "labels_only", "step_by_step"))
+    assert [student.single_task for student in (own, labels_only, step_by_step)] == [True, False, False]
+    assert [(student.loss.label, student.loss.rationale) for student in (own, labels_only, step_by_step)] == [(2, 0), (1, 0), (0.5, 0.5)]
+    assert [student.arm for student in (own, labels_only, step_by_step)] == ["single_task", "labels_only", "step_by_step"]
+    assert own.baselines == []
+
+
+def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
+    single = {"student.single_task": True, "student.loss": {"label": 1, "rationale": 0}, "teacher.rationales.keep": "agreeing"}
+    assert validate(changed(RECORDED, single), "file").teacher.rationales.keep == "agreeing"
+
+
 # ----- keys and types -----
 
 
@@ -214,10 +251,10 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
             "teacher.soft_labels.K_: unknown key; known keys here: draws, format, k, likelihood, on, temperature",
         ),
         ({"student.model.d_modle": 3}, "student.model.d_modle: unknown key; did you mean d_model?"),
-        ({"student.model": {"cut_from": "teacher", "layer": 3}}, None),
+        ({"student.model": {"cut_from": "teacher", "layer": 3}}, "student.model.layer: unknown key; did you mean layers?"),
         (
-            {"student.model": {"cut_from": "teacher", "layers": 3, "heads": 3}},
-            "student.model.heads: unknown key; known keys here: cut_from, layers",
+            {"student.model": {"cut_from": "teacher", "layers": 3, "vocabulary": 3}},
+            "student.model.vocabulary: unknown key; known keys here: cut_from, heads, layers, neurons",
         ),
         ({"tracking": {1: 2}}, "tracking.1: unknown key; known keys here: entity, project, wandb"),
         ({"name": None}, "name: is None; input should be a valid string"),
@@ -225,7 +262,7 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
         ({"seed": "one"}, "seed: is 'one'; input should be a valid integer, unable to parse string as an integer"),
         ({"student.epochs": 0}, "student.epochs: is 0; input should be greater than 0"),
         ({"student.epochs": float("inf")}, "student.epochs: is inf; input should be a finite number"),
-        ({"student.zero_stage": 4}, "student.zero_stage: is 4; input should be 0, 1, 2 or 3"),
+        ({"student.zero_stage": 4}, "student.zero_stage: is 4; input should be 'auto', 0, 1, 2 or 3"),
         (
             {"deploy": {"targets": ["ctranslate2-int8", "int4"]}},
             "deploy.targets.1: is 'int4'; input should be 'ctranslate2-float32', 'ctranslate2-float16', 'ctranslate2-int8' or "
@@ -233,10 +270,13 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
         ),
         ({"deploy": {"targets": []}}, "deploy.targets: is []; list should have at least 1 item after validation, not 0"),
         (
-            {"student.micro_batch_size": "big"},
-            "student.micro_batch_size: is 'big'; input should be a valid integer, unable to parse string as an integer, or 'auto'",
+            {"student.micro_batch_tokens": "big"},
+            "student.micro_batch_tokens: is 'big'; input should be a valid integer, unable to parse string as an integer, or 'auto'",
         ),
-        ({"student.micro_batch_size": {"a": 1}}, "student.micro_batch_size: is {'a': 1}; input should be a valid integer, or 'auto'"),
+        ({"student.micro_batch_tokens": {"a": 1}}, "student.micro_batch_tokens: is {'a': 1}; input should be a valid integer, or 'auto'"),
+        ({"student.data_fraction": 0}, "student.data_fraction: is 0; input should be greater than 0"),
+        ({"student.data_fraction": 1.5}, "student.data_fraction: is 1.5; input should be less than or equal to 1"),
+        ({"student.seed": -1}, "student.seed: is -1; input should be greater than or equal to 0"),
         (
             {"student.model": {"layers": 3}},
             "student.model: is {'layers': 3}; input should be a hub id, a folder, a .gguf file, package:NAME/FILE, "
@@ -246,14 +286,15 @@ def test_a_section_that_contradicts_itself_is_told(base: dict[str, Any], changes
             {"student.model": {"cut_from": "teacher", "layers": {"a": 1}}},
             "student.model.layers: is {'a': 1}; input should be a valid integer, or a valid list",
         ),
-        ({"student.model": {"cut_from": "teacher"}}, "student.model.layers: missing; it has no default"),
+        (
+            {"student.model": {"cut_from": "teacher"}},
+            "student.model: cut_from cuts nothing: give layers, neurons or heads, or name the teacher's model",
+        ),
         ({"deploy": None}, "deploy: is None; keys with values belong here: targets"),
         ({"deploy": "ctranslate2-int8"}, "deploy: is 'ctranslate2-int8'; keys with values belong here: targets"),
     ],
 )
-def test_a_wrong_key_or_value_is_told(changes: dict[str, Any], expected: str | None) -> None:
-    if expected is None:
-        expected = "student.model.layers: missing; it has no default\nstudent.model.layer: unknown key; did you mean layers?"
+def test_a_wrong_key_or_value_is_told(changes: dict[str, Any], expected: str) -> None:
     assert message(changed(LIVE, changes)) == expected
 
 
@@ -439,7 +480,7 @@ def test_dump_and_load_give_the_same_configuration(
     validate_every: Any,
     soft: float,
 ) -> None:
-    changes = {"name": name, "output": output, "seed": seed, "student.learning_rate": learning_rate, "student.micro_batch_size": micro}
+    changes = {"name": name, "output": output, "seed": seed, "student.learning_rate": learning_rate, "student.micro_batch_tokens": micro}
     config = validate(changed(LIVE, {**changes, "student.validate_every": validate_every, "student.loss.soft": soft}), "file")
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
@@ -464,7 +505,8 @@ def test_a_dumped_configuration_holds_no_defaults_which_could_be_knobs_without_e
 def test_hashed_fills_in_defaults_and_leaves_out_what_does_not_count() -> None:
     student = hashed(StudentConfig(model="m"), without=("model",))
     assert (student["epochs"], student["loss"]["label"]) == (10.0, 0.5)
-    assert not {"micro_batch_size", "zero_stage", "save_every", "model"} & student.keys()
+    assert {"lora", "single_task", "seed", "data_fraction", "patience"} <= student.keys()
+    assert not {"micro_batch_tokens", "zero_stage", "offload_optimizer", "compile", "save_every", "log_every", "model"} & student.keys()
     config = hashed(validate(LIVE, "file"))
     assert config["launch"] == config["tracking"] == {}
     assert config["evaluate"] == {"timed_examples": 128}
@@ -493,7 +535,7 @@ def sections(kind: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type
 
 def test_every_key_has_a_description() -> None:
     found = list(sections(Config, set()))
-    assert len(found) == 16
+    assert len(found) == 17
     for section in found:
         for name, field in section.model_fields.items():
             assert (field.description or "").endswith("."), f"{section.__name__}.{name}"

@@ -44,6 +44,50 @@ def test_every_format_fits_some_task() -> None:
             assert not found.on_tokens
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("form", ["sampled", "choices", "answers"])
+def test_a_divergence_that_stored_labels_do_not_serve_is_told(form: str, divergence: str) -> None:
+    loss = {"loss": {"soft": 0.5, "divergence": divergence}}
+    assert message(CHOICE, {"format": form}, loss, rationales={"samples": 5}) == (
+        f"student.loss.divergence is {divergence}, but teacher.soft_labels.format is {form}, which serves forward_kl only: "
+        "set divergence to forward_kl, format to top_k, or student.loss.teacher to live"
+    )
+    assert config(CHOICE, {"format": "top_k"}, loss).student.loss.divergence == divergence
+    live = {"loss": {"soft": 0.5, "divergence": divergence, "teacher": "live"}}
+    assert config(CHOICE, {"format": form}, live, rationales={"samples": 5}).student.loss.teacher == "live"
+
+
+@pytest.mark.parametrize("source", ["vllm", "endpoint"])
+def test_a_live_teacher_runs_here(source: str) -> None:
+    teacher = SERVER if source == "endpoint" else {"source": source}
+    assert message(NUMBER, None, {"loss": {"soft": 0.5, "teacher": "live"}}, **teacher) == (
+        f"student.loss.teacher is live, but with teacher.source: {source} no model of the teacher runs here: "
+        "set teacher.source to deepspeed, or remove student.loss.teacher"
+    )
+    live = config(NUMBER, None, {"loss": {"soft": 0.5, "teacher": "live", "temperature": 2.0}})
+    assert (live.teacher.soft_labels, live.student.loss.temperature) == (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({"teacher": "live"}, "teacher has no effect while soft is 0: give soft a weight, or remove teacher"),
+        ({"soft": 1, "beta": 0.5}, "beta has no effect on forward_kl: remove it, or set divergence to jsd"),
+        (
+            {"soft": 1, "skew": 0.5},
+            "skew has no effect on forward_kl: remove it, or set divergence to skew_forward_kl or skew_reverse_kl",
+        ),
+        (
+            {"soft": 1, "temperature": 2},
+            "temperature cannot change stored soft labels, which keep that of teacher.soft_labels.temperature: remove it, "
+            "or set teacher: live",
+        ),
+    ],
+)
+def test_a_knob_of_the_divergence_without_effect_is_told(loss: dict[str, Any], expected: str) -> None:
+    assert message(CHOICE, {"format": "top_k"}, {"loss": loss}) == f"student.loss: {expected}"
+
+
 def test_one_sample_is_no_distribution_over_answers() -> None:
     assert "format is answers" in message(NUMBER, {"format": "answers"})
     assert "samples is 1" in message(NUMBER, {"format": "answers"})

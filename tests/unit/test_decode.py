@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from train.config import ScratchModel
-from train.engine import InferenceModel, World, place_for_inference
+from train.engine import InferenceModel, place_for_inference
 from train.models import load_model
 from train.teacher import decode, generate, trial
 from train.teacher import slots as slots_room
@@ -20,6 +20,7 @@ from train.teacher.generate import Decoding, PlainWriter, open_writer
 from train.teacher.trial import reason_against
 from train.teacher.writing import Request, Sampling, Written
 from train.tokenization import text_format, train_tokenizer
+from train.world import World
 
 WORDS = ["one two three", "four five six", "seven eight nine ten"]
 SAMPLED = Sampling(temperature=1.5, top_p=0.9)

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from data.prompts import TextFormat
 from launch import local
 from launch.agent import PARENT
 from launch.config import Config, validate
@@ -96,10 +98,18 @@ def test_one_process_a_gpu_else_as_many_as_asked_for(
 # ----- what is measured -----
 
 
+FORM = TextFormat("encoder_decoder", eos_id=1, pad_id=0, max_input_tokens=9, max_label_tokens=6, max_rationale_tokens=20)
+
+
 def finished(made_config: Config, sharding: str = "replica") -> dict[str, Stage]:
     """The table of a run whose stages before the evaluation are done."""
     table = stages(made_config, TaskFiles("digest", {}, {}))
+    solving = {f"train.{arm}" for arm in made_config.student.arms if arm == "single_task"}
+    solving |= {name for name in table if name.startswith("deploy.")} if solving else set()
     for stage in table.values():
+        if stage.kind in ("train", "deploy"):
+            (stage.folder / "model").mkdir(parents=True)
+            replace(FORM, part="solve" if stage.name in solving else "predict").save(stage.folder / "model")
         if stage.kind in ("tune", "train"):
             Checkpoint("encoder_decoder", 111 if stage.kind == "tune" else 22, 88, 1, 1, {}, {}, 1, 1, 1).write(stage.folder)
         elif stage.kind == "teach":
@@ -156,6 +166,20 @@ def test_what_is_asked_of_each_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked.keys() == {*expected, "labels_only"}
     assert {name: asked[name] for name in expected} == expected
     assert asked["labels_only"].model_folder == str(table["train.labels_only"].folder / "model")
+
+
+def test_a_single_task_student_solves_on_every_rung_and_its_baselines_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = config(student={"model": SMALL, "single_task": True, "loss": {"label": 1, "rationale": 0}, "baselines": ["labels_only"]})
+    table = finished(mine)
+    asked = {s.detail: eval_request(s, mine, table) for s in table.values() if s.kind == "evaluate"}
+    # A rationale of 20, `Answer:` of at most 8, a label of 6.
+    assert {rung: (found.part, found.max_new_tokens) for rung, found in asked.items()} == {
+        "teacher": ("solve", 24),
+        "labels_only": ("predict", 6),
+        "single_task": ("solve", 34),
+        "ctranslate2-int8": ("solve", 34),
+    }
 
 
 def test_a_teacher_that_does_not_fit_one_device_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,13 @@ from data.examples import TaskExample
 from data.store import read_records
 from data.tasks import Task
 from train.config import ScratchModel, TeacherConfig, TrackingConfig
-from train.engine import World
 from train.models import load_model, save_model
 from train.teacher import claims, generate, stage
 from train.teacher.decode import LoopWriter
 from train.teacher.stage import TeacherInputs
 from train.tokenization import text_format, train_tokenizer
 from train.tracking import Tracker
+from train.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 DIGITS = [str(n) for n in range(10)]

@@ -4,8 +4,7 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -31,7 +26,6 @@ from transformers.utils import logging
 from data.prompts import TextFormat
 from train import models, sources
 from train.config import CutModel, ScratchModel
-from train.cutting import cut_layers, evenly_spaced
 from train.tokenization import train_tokenizer
 
 WORDS = [f"{a}{b}{c}{d}" for a in "klmnprst" for b in "aeiou" for c in "klmnprst" for d in "aeiou"] * 2
@@ -278,130 +272,6 @@ def test_a_t5_with_an_untied_head_keeps_it(tmp_path: Path) -> None:
     again = load(str(save(cut_once, tmp_path / "mine", state_dict=gathered)))
     assert torch.equal(logits(again), logits(model))
     assert models.num_parameters(again) - models.num_parameters(T5ForConditionalGeneration(config)) == 300 * 16
-
-
-# Cut from a teacher
-
-
-def test_evenly_spaced_layers_keep_the_first_and_the_last() -> None:
-    assert evenly_spaced(4, 12) == [0, 4, 7, 11]
-    assert evenly_spaced(3, 4) == [0, 2, 3]
-    assert (evenly_spaced(1, 6), evenly_spaced(2, 6), evenly_spaced(6, 6)) == ([0], [0, 5], [0, 1, 2, 3, 4, 5])
-
-
-@given(st.integers(2, 60).flatmap(lambda total: st.tuples(st.integers(2, total), st.just(total))))
-def test_evenly_spaced_layers_are_distinct_and_apart_by_almost_the_same(numbers: tuple[int, int]) -> None:
-    layers = evenly_spaced(*numbers)
-    steps = {later - earlier for earlier, later in pairwise(layers)}
-    assert len(layers) == numbers[0]
-    assert (layers[0], layers[-1]) == (0, numbers[1] - 1)
-    assert min(steps) >= 1
-    assert max(steps) - min(steps) <= 1
-
-
-@BOTH
-@pytest.mark.parametrize("layers", [4, [0, 1, 2, 3]])
-def test_a_student_with_all_layers_is_its_teacher(scratch: ScratchModel, layers: int | list[int], teachers: dict[str, Path]) -> None:
-    assert torch.equal(logits(load(cut(layers), teachers[scratch.from_scratch])), logits(build(scratch)))
-
-
-@BOTH
-def test_a_cut_student_is_its_layers_and_survives_a_plain_save_and_load(
-    scratch: ScratchModel, teachers: dict[str, Path], tmp_path: Path
-) -> None:
-    student, teacher = load(cut([0, 2, 3]), teachers[scratch.from_scratch]), build(scratch)
-    stacks: list[Callable[[PreTrainedModel], torch.nn.ModuleList]] = (
-        [lambda m: m.encoder.block, lambda m: m.decoder.block] if scratch is T5 else [lambda m: m.model.layers]
-    )
-    # By hand: a fresh three-layer model of the same kind, with the teacher's weights copied layer by layer.
-    reference = build(ScratchModel(**{**scratch.model_dump(exclude_unset=True), "layers": 3}))
-    rest = {name: value for name, value in teacher.state_dict().items() if ".block." not in name and ".layers." not in name}
-    reference.load_state_dict(rest, strict=False)
-    for stack in stacks:
-        for index, layer in enumerate([0, 2, 3]):
-            stack(reference)[index].load_state_dict(stack(teacher)[layer].state_dict())
-    assert torch.equal(logits(student), logits(reference))
-    student.save_pretrained(tmp_path)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path) if scratch is T5 else AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(student))
-    assert loaded.config.num_hidden_layers == 3
-
-
-@BOTH
-def test_a_cut_student_generates_with_a_cache_as_without(scratch: ScratchModel, teachers: dict[str, Path]) -> None:
-    student = load(cut([0, 3]), teachers[scratch.from_scratch])
-    ids = torch.tensor([[5, 90, 17, 260, 33, 1]])
-    length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    runs = [student.generate(input_ids=ids, use_cache=cache, **length) for cache in (True, False)]
-    assert torch.equal(runs[0], runs[1])
-    assert runs[0].shape[1] >= 9
-
-
-def test_a_t5_with_stacks_of_unequal_depth_is_cut_in_each() -> None:
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=5, num_decoder_layers=3, num_heads=2, decoder_start_token_id=0)
-    )
-    cut_layers(model, 2, "student.model")
-    assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 2)
-    assert (len(model.encoder.block), len(model.decoder.block), model.decoder.config.num_layers) == (2, 2, 2)
-
-
-def test_what_a_configuration_says_of_each_layer_is_cut_too(tmp_path: Path) -> None:
-    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    config = Qwen2Config(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_sliding_window=True,
-        sliding_window=2,
-        layer_types=kinds,
-    )
-    model = Qwen2ForCausalLM(config).eval()
-    cut_layers(model, [1, 2], "student.model")
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_a_gpt2_is_cut_under_its_own_names(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=3, n_head=2, n_positions=32)).eval()
-    cut_layers(model, 2, "student.model")
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
-    assert json.loads((tmp_path / "config.json").read_text())["n_layer"] == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "layers", "message"),
-    [
-        ("t5", 5, r"student\.model\.layers is 5, but the teacher has 4 layers: ask for 1 to 4"),
-        ("llama", 0, r"student\.model\.layers is 0, but the teacher has 4 layers"),
-        ("llama", [0, 4], r"student\.model\.layers is \[0, 4\], but the teacher has 4 layers: list some of 0 to 3"),
-        ("llama", [-1], r"layers is \[-1\].*list some of 0 to 3"),
-        ("llama", [], r"layers is \[\].*list some of 0 to 3"),
-        ("llama", [2, 1], r"layers is \[2, 1\]: list each layer once, in the teacher's order"),
-        ("llama", [1, 1], r"layers is \[1, 1\]: list each layer once"),
-        ("t5", [1, 3], r"layers is \[1, 3\], without layer 0: in a T5 it holds the relative position bias of all layers; add 0"),
-    ],
-)
-def test_layers_that_cannot_be_kept_are_refused(kind: str, layers: int | list[int], message: str, teachers: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=message):
-        load(cut(layers), teachers[kind])
-
-
-def test_a_teacher_whose_layers_cannot_be_found_is_refused() -> None:
-    llama = build(LLAMA)
-    llama.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="teacher of type llama, whose layers are not one list"):
-        cut_layers(llama, 2, "student.model")
-    t5 = build(T5)
-    del t5.encoder.block
-    with pytest.raises(ValueError, match="teacher of type t5, but of the encoder-decoders only a T5 can be cut"):
-        cut_layers(t5, 2, "student.model")
 
 
 # Names that mean nothing, folders that lack something

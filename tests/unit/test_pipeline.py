@@ -78,13 +78,16 @@ def test_the_stages_in_their_order() -> None:
         ({"launch__device": "cpu", "launch__cpu_processes": 2}, set()),
         ({"launch__device": "cuda", "launch__gpus_per_node": 2}, set()),
         ({"tracking__wandb": "disabled", "tracking__project": "p", "tracking__entity": "e"}, set()),
-        ({"student__micro_batch_size": 4, "student__zero_stage": 3, "student__save_every": 5}, set()),
-        ({"teacher__tune__micro_batch_size": 4, "teacher__tune__zero_stage": 0}, set()),
+        ({"student__micro_batch_tokens": 4, "student__zero_stage": 3, "student__save_every": 5}, set()),
+        ({"student__zero_stage": 2, "student__offload_optimizer": True, "student__activation_checkpointing": True}, set()),
+        ({"student__compile": "off", "student__log_every": 3}, set()),
+        ({"teacher__tune__micro_batch_tokens": 4, "teacher__tune__zero_stage": 0}, set()),
         ({"teacher__sharding": "replica", "teacher__batch_size": 4, "evaluate__batch_size": 4}, set()),
         ({"output": "elsewhere"}, set()),
         ({"name": "two"}, set()),
         ({"student__learning_rate": 5e-4, "teacher__soft_labels__k": 32}, set()),
         ({"task__max_rejected": 0.5}, set()),
+        ({"student__seed": 0}, set()),  # the run's, written out
         # What it does depend on.
         ({"seed": 1}, ALL),
         ({"teacher__tune__epochs": 3}, ALL - {"task"}),
@@ -94,6 +97,11 @@ def test_the_stages_in_their_order() -> None:
         ({"student__epochs": 4}, STUDENTS),
         ({"student__model__d_model": 32}, STUDENTS),
         ({"student__targets": "teacher"}, STUDENTS),
+        ({"student__seed": 1}, STUDENTS),
+        ({"student__data_fraction": 0.5}, STUDENTS),
+        ({"student__lora": {}}, STUDENTS),
+        ({"student__patience": 3}, STUDENTS),
+        ({"student__loss": {"soft": 0.5, "divergence": "reverse_kl"}}, set(MAIN)),
         ({"student__max_rationale_tokens": 9}, STUDENTS),
         ({"student__loss__soft": 0.7}, set(MAIN)),
         ({"teacher__rationales__keep": "agreeing"}, STUDENTS - {"train.labels_only", "evaluate.labels_only"}),
@@ -184,6 +192,24 @@ def test_another_baseline_leaves_the_others_alone() -> None:
 def test_a_baseline_has_the_key_of_the_same_student_alone() -> None:
     alone = table(config(student__loss={"label": 1.0, "rationale": 0.0}, student__baselines=[]))
     assert alone["train.labels_only"].key == table(config())["train.labels_only"].key
+
+
+def test_a_single_task_student_has_stages_of_its_own_and_its_baselines_keep_theirs() -> None:
+    one_task = {"student__single_task": True, "student__loss": {"label": 1.0, "rationale": 0.0}}
+    two_tasks, single = table(config()), table(config(**one_task))
+    assert [name for name in single if name.startswith("train.")] == ["train.labels_only", "train.step_by_step", "train.single_task"]
+    assert all(single[name].key == two_tasks[name].key for name in ("train.labels_only", "train.step_by_step", "teach"))
+    assert single["train.single_task"].key != single["train.labels_only"].key
+    assert single["deploy.ctranslate2-int8"].key != two_tasks["deploy.ctranslate2-int8"].key
+    kept = table(config(**one_task, teacher__rationales__keep="agreeing"))
+    unchanged = {"task", "tune", "teach", "evaluate.teacher", "train.labels_only", "evaluate.labels_only"}
+    assert reruns(single, kept) == single.keys() - unchanged
+
+
+def test_a_live_teacher_is_another_training_and_needs_no_stored_soft_labels() -> None:
+    live = config(student__loss={"soft": 0.5, "teacher": "live"}, teacher__soft_labels=None)
+    assert "train.step_by_step_soft" in table(live)
+    assert reruns(table(config()), table(config(student__loss={"soft": 0.5, "teacher": "live"}))) == set(MAIN)
 
 
 def test_a_recorded_teacher_needs_no_model() -> None:

@@ -257,6 +257,12 @@ def test_a_billion_parameters_in_training_over_four_processes(zero_stage: Any, p
     assert student_plan(GB, zero_stage, 1, precision).total_bytes == 16 * GB
 
 
+def test_an_offloaded_optimizer_lies_in_the_hosts_memory() -> None:
+    plan = student_plan(GB, 2, 4, "bf16", offload_optimizer=True)
+    assert plan == StudentPlan(2 * GB, GB // 2, 0, 3 * GB)
+    assert plan.total_bytes == 2 * GB + GB // 2
+
+
 def test_the_figure_of_the_zero_paper() -> None:
     # Figure 1: 7.5B parameters on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB a GPU.
     totals = [student_plan(7_500_000_000, stage, 64, "bf16").total_bytes / GB for stage in (0, 1, 2, 3)]
@@ -288,6 +294,29 @@ def test_a_model_cut_from_its_teacher_has_the_layers_that_stay(kind: Any, layers
     expected = parameters_of(ScratchModel(from_scratch=kind, d_model=32, layers=2, heads=4), vocabulary=300)
     assert parameters_of(cut, vocabulary=300, teacher=teacher) == expected
     assert parameters_of(cut, vocabulary=300) is None
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_model_cut_in_its_width_has_the_neurons_and_heads_that_stay(kind: Any) -> None:
+    teacher = ScratchModel(from_scratch=kind, d_model=32, layers=2, heads=4)
+    whole = parameters_of(teacher, vocabulary=300)
+    assert whole is not None
+    neurons = CutModel(cut_from="teacher", neurons=50)
+    # 78 of 128 neurons go: in each layer of each stack, from three matrices.
+    assert parameters_of(neurons, vocabulary=300, teacher=teacher) == whole - 78 * 32 * 3 * (4 if kind == "t5" else 2)
+    heads = CutModel(cut_from="teacher", heads=3)
+    # One of four heads goes: 8 numbers of four matrices, in six attention modules of a T5 (and of its relative biases) or two of a Llama.
+    lost = 6 * 4 * 8 * 32 + 2 * 32 if kind == "t5" else 2 * 4 * 8 * 32
+    assert parameters_of(heads, vocabulary=300, teacher=teacher) == whole - lost
+
+
+def test_heads_that_share_keys_and_values_go_together(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA}))
+    heads, groups, width = LLAMA["num_attention_heads"], LLAMA["num_key_value_heads"], LLAMA["hidden_size"]
+    kept = heads // groups
+    whole, cut = (parameters_of(m, vocabulary=1, teacher=str(tmp_path)) for m in (str(tmp_path), CutModel(cut_from="teacher", heads=kept)))
+    assert whole is not None
+    assert cut == whole - LLAMA["num_hidden_layers"] * (2 * width * (width // heads)) * ((heads - kept) + (groups - 1))
 
 
 def test_a_folder_is_counted_from_its_config(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_no_number_is_cut_on_a_narrow_line() -> None:
 def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     render(plan_run(config(), gpu="L4", params="3B"), Console(), as_json=True)
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["device"], plan["processes"], plan["teacher"]["sharding"], plan["zero_stage"]) == ("L4", 1, "replica", 1)
+    assert (plan["device"], plan["processes"], plan["teacher"]["sharding"], plan["zero_stage"]) == ("L4", 1, "replica", 0)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,23 @@ def test_sizes_that_only_the_files_would_tell(tmp_path: Path) -> None:
 def test_a_student_cut_from_a_teacher_from_scratch_has_its_vocabulary() -> None:
     plan = plan_run(config(student={"model": {"cut_from": "teacher", "layers": 1}}))
     assert plan.student_parameters == plan.teacher_parameters == SIZE
+
+
+def test_what_the_table_does_not_show_is_said() -> None:
+    knobs = {"model": SMALL, "zero_stage": 2, "offload_optimizer": True, "lora": {}, "loss": {"soft": 0.5, "teacher": "live"}}
+    plan = plan_run(config(student=knobs), gpu="L4", gpus=2)
+    assert plan.student is not None
+    assert (plan.student.optimizer_bytes, plan.student.host_bytes) == (0, SIZE // 2 * 12)
+    assert plan.sentence.endswith(
+        f" The student's optimizer takes {SIZE * 6 / 1e6:.2f} MB of the host's memory a process."
+        " The student is counted as if all its weights were trained: student.lora takes less."
+        f" In training the live teacher takes another {SIZE * 2 / 1e6:.2f} MB in each process."
+    )
+
+
+@pytest.mark.parametrize(("gpus", "stage"), [(1, 0), (2, 1)])
+def test_an_automatic_zero_stage_shards_where_there_are_several_processes(gpus: int, stage: int) -> None:
+    assert plan_run(config(), gpu="L4", gpus=gpus).zero_stage == stage
 
 
 def test_unknown_memory_is_called_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

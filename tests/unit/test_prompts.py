@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import Metric
-from data.prompts import Part, TextFormat, parse_solution
+from data.prompts import FORMAT_FILE, Part, TextFormat, label_of, parse_solution
 from train.scoring import parse_answer
 
 EOS, PAD = 1, 0
@@ -172,6 +174,31 @@ def test_what_is_parsed_can_be_judged(text: str, metric: Metric, answer: str | N
     label = parse_solution(text)[1]
     assert label is not None
     assert parse_answer(label, metric, ("rock.txt", "thyme", "Washington D.C.") if metric == "choice" else ()) == answer
+
+
+def test_a_model_folder_says_how_its_model_is_asked(tmp_path: Path) -> None:
+    solving = dataclasses.replace(LLAMA, part="solve")
+    solving.save(tmp_path)
+    assert TextFormat.load(tmp_path) == solving
+    # A folder of before that was said.
+    values = json.loads((tmp_path / FORMAT_FILE).read_text())
+    del values["part"]
+    (tmp_path / FORMAT_FILE).write_text(json.dumps(values))
+    assert TextFormat.load(tmp_path) == LLAMA
+
+
+@BOTH
+def test_the_longest_answer_holds_any_that_is_learnt(form: TextFormat) -> None:
+    longest = [token for segment in form.solution_ids("r" * 99, "l" * 99, encode) for token in segment]
+    assert dataclasses.replace(form, part="solve").max_answer_tokens == 16 + 8 + 8
+    assert len(longest) == 15 + 8 + 8  # a rationale in a solution has no end of its own
+    assert form.max_answer_tokens == len(form.label_ids("l" * 99, encode)[0]) == 8
+
+
+def test_the_label_of_an_answer_is_parsed_from_a_solution_only() -> None:
+    assert label_of("Two. Answer: 2", "solve") == "2"
+    assert label_of("Two, I think", "solve") is None
+    assert label_of("Two. Answer: 2", "predict") == "Two. Answer: 2"
 
 
 PIECES = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from itertools import product
 from typing import Literal
@@ -12,7 +13,7 @@ from data.config import RationalesConfig
 from data.examples import TaskExample
 from data.prompts import TextFormat
 from data.records import TeacherRecord
-from data.rows import Chosen, RowBuilder, TrainRow, choose
+from data.rows import Chosen, RowBuilder, TrainRow, TrainSequence, choose, share_of, usable_examples
 from data.soft_labels import AnswerDistribution, Sampled, SoftLabels, TopK
 
 Targets = Literal["gold", "teacher"]
@@ -279,4 +280,112 @@ def test_a_teacher_is_tuned_on_rationale_mark_and_label_as_one_target() -> None:
     ]
     assert all(len(row.sequences) == 1 and row.sequences[0].is_label for row in rows)
     counts = {name: value for name, value in builder.counts.items() if value}
-    assert counts == {"rows": 3, "label_rows": 3, "rationales_cut": 1, "labels_cut": 1}
+    assert counts == {"rows": 3, "label_rows": 3, "rationale_rows": 2, "rationales_cut": 1, "labels_cut": 1}
+
+
+@pytest.mark.parametrize(
+    ("targets", "knobs", "expected"),
+    [
+        (
+            "gold",
+            {},
+            [
+                ("none", " Answer:two<e>"),
+                ("agreeing", "because Answer:two<e>"),
+                ("disagreeing", "because Answer:two<e>"),
+                ("unparseable", "because Answer:two<e>"),
+                ("without label", "because Answer:two<e>"),
+                ("without rationale", " Answer:two<e>"),
+                ("without both", " Answer:two<e>"),
+            ],
+        ),
+        ("gold", {"keep": "agreeing", "drop_rows": True}, [("agreeing", "because Answer:two<e>")]),
+        (
+            "teacher",
+            {"keep": "agreeing"},
+            [
+                ("agreeing", "because Answer:two<e>"),
+                ("disagreeing", " Answer:three<e>"),
+                ("without rationale", " Answer:two<e>"),
+            ],
+        ),
+    ],
+)
+def test_one_task_learns_rationale_and_label_as_one_target(
+    targets: Targets, knobs: dict[str, object], expected: list[tuple[str, str]]
+) -> None:
+    form = dataclasses.replace(FORM, max_label_tokens=8)
+    builder = RowBuilder(form, encode)
+    rows = builder.single_task_rows(EXAMPLES, BY_ID, RationalesConfig.model_validate(knobs), targets)
+    sequences = [row.sequences for row in rows]
+    assert all(len(found) == 1 and found[0].is_label and found[0].given == 0 for found in sequences)
+    assert [(row.id, read(row.sequences[0].target_ids)) for row in rows] == expected
+    numbers = {name: n for n, name in enumerate(RECORDS)}
+    assert [read(row.sequences[0].input_ids) for row in rows] == [f"solve: input {numbers[row.id]}<e>" for row in rows]
+    with_rationale = sum(text.startswith("because") for _, text in expected)
+    counts = {name: value for name, value in builder.counts.items() if value}
+    assert counts == {"rows": len(rows), "label_rows": len(rows), **({"rationale_rows": with_rationale} if with_rationale else {})}
+    # The rows are those of the arms of two tasks.
+    assert [row.id for row in rows] == [row.id for row in build(targets=targets, **knobs)[0]]
+
+
+def test_a_student_of_one_task_is_tried_on_the_label_after_a_given_rationale() -> None:
+    examples = [
+        TaskExample("a", "?", "2", rationale="its own"),
+        TaskExample("b", "?", "3", rationale="its own"),
+        TaskExample("c", "?", "4"),
+    ]
+    rows = RowBuilder(FORM, encode).label_of_solution_rows(examples, {"a": "because", "b": ""})
+    (a,), (b,), (c,) = (row.sequences for row in rows)
+    assert [(read(s.target_ids[: s.given]), read(s.target_ids[s.given :])) for s in (a, b, c)] == [
+        ("because Answer:", "2<e>"),
+        ("its own Answer:", "3<e>"),
+        (" Answer:", "4<e>"),
+    ]
+    assert all(s.is_label and read(s.input_ids) == "solve: ?<e>" for s in (a, b, c))
+
+
+@pytest.mark.parametrize("given", [-1, 2, 3])
+def test_a_target_that_is_given_whole_asks_nothing(given: int) -> None:
+    with pytest.raises(AssertionError):
+        TrainSequence([1], [2, 3], True, given=given)
+
+
+# ----- a share of the rows -----
+
+
+def test_usable_examples_are_those_that_give_a_row() -> None:
+    for targets, knobs in (("gold", {}), ("teacher", {}), ("gold", {"keep": "parseable", "drop_rows": True})):
+        usable = usable_examples(EXAMPLES, BY_ID, RationalesConfig.model_validate(knobs), targets)  # type: ignore[arg-type]
+        assert [e.id for e in usable] == [row.id for row in build(targets=targets, **knobs)[0]]  # type: ignore[arg-type]
+
+
+MANY = [TaskExample(f"e{n}", str(n), str(n)) for n in range(200)]
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(1.0, 200), (0.5, 100), (0.125, 25), (0.013, 3), (0.0001, 1)])
+def test_a_share_is_rounded_and_never_empty(fraction: float, count: int) -> None:
+    assert len(share_of(MANY, fraction, 3)) == count
+    assert share_of([], fraction, 3) == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_smaller_share_is_part_of_every_larger_one_in_the_same_order(seed: int) -> None:
+    shares = [share_of(MANY, fraction, seed) for fraction in (0.125, 0.25, 0.5, 1.0)]
+    assert shares[-1] == MANY
+    for smaller, larger in itertools.pairwise(shares):
+        assert smaller == [example for example in larger if example in smaller]
+
+
+def test_a_share_is_drawn_evenly_and_by_the_seed() -> None:
+    shares = [{e.id for e in share_of(MANY, 0.5, seed)} for seed in range(40)]
+    assert len({tuple(sorted(share)) for share in shares}) == 40
+    taken = [sum(example.id in share for share in shares) for example in MANY]
+    # Each example is in about half of 40 shares: 5 and 35 lie nearly five deviations off.
+    assert (min(taken) > 4, max(taken) < 36, sum(taken)) == (True, True, 4000)
+
+
+def test_a_share_is_not_what_the_first_epoch_begins_with() -> None:
+    first = np.random.default_rng([7, 0]).permutation(200)[:50]
+    both = {e.id for e in share_of(MANY, 0.25, 7)} & {f"e{n}" for n in first}
+    assert 2 <= len(both) <= 25

@@ -29,10 +29,11 @@ from transformers import (
 from data.config import SoftLabelsConfig
 from data.prompts import TextFormat
 from data.soft_labels import Sampled, TopK
-from train.engine import InferenceModel, World
+from train.engine import InferenceModel
 from train.teacher.distributions import draw, largest, target_log_probs, top_log_probs
 from train.teacher.draws import uniform
 from train.teacher.score import Scorer, Solution, auto_batch_tokens
+from train.world import World
 
 KNOWN, ROWS = 90, 96
 """Tokens of the tokenizer, and rows of the models, which are more."""

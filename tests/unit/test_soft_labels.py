@@ -20,7 +20,7 @@ from data.packing import LEAST_LOG_PROB, LOG_PROB_STEP, TARGET_STEP, pack, unpac
 from data.records import TeacherRecord
 from data.soft_labels import AnswerDistribution, Sampled, SoftLabels, TopK, sampled_of
 from data.store import read_records, shard_path, write_shard
-from train.losses import sampled_forward_kl_sum, top_k_forward_kl_sum
+from train.losses import Divergence, sampled_forward_kl_sum, top_k_divergence_sum
 
 FP32 = 2.0**-23
 
@@ -356,7 +356,7 @@ def test_bytes_a_token_on_zipf_distributions() -> None:
 # What the student learns from them
 
 V = 12
-STUDENT = 1.5 * torch.randn(1, 1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+STUDENT = 1.5 * torch.randn(1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TEACHER = 2.0 * torch.randn(V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -366,7 +366,7 @@ def gradient_of(loss: Tensor, logits: Tensor) -> NDArray[np.float64]:
 
 def full_gradient(temperature: float) -> NDArray[np.float64]:
     logits = STUDENT.clone().requires_grad_()
-    teacher, student = (TEACHER / temperature).log_softmax(-1), (logits[0, 0] / temperature).log_softmax(-1)
+    teacher, student = (TEACHER / temperature).log_softmax(-1), (logits[0] / temperature).log_softmax(-1)
     return gradient_of(temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum"), logits)
 
 
@@ -375,8 +375,8 @@ def sampled_gradient(labels: Sampled, num_sets: int) -> NDArray[np.float64]:
     filled = np.arange(labels.distinct.max()) < labels.distinct[:, None]
     ids, log_probs = np.zeros(filled.shape, np.int64), np.full(filled.shape, -np.inf, np.float32)
     ids[filled], log_probs[filled] = labels.ids, np.log(labels.counts / labels.draws)
-    positions = torch.zeros(len(labels), dtype=torch.int64)
-    loss = sampled_forward_kl_sum(logits, positions, torch.from_numpy(ids), torch.from_numpy(log_probs), labels.temperature)
+    at_each = logits.expand(len(labels), -1)
+    loss = sampled_forward_kl_sum(at_each, torch.from_numpy(ids), torch.from_numpy(log_probs), labels.temperature)
     return gradient_of(loss / num_sets, logits)
 
 
@@ -403,24 +403,24 @@ def test_the_gradient_of_drawn_tokens_is_unbiased(draws: int, temperature: float
     assert chi_square(found, wanted + moved, *noise) > bound
 
 
-def top_k_tensors(k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_k_tensors(k: int) -> tuple[Tensor, Tensor]:
     found = unpack(pack(top_k_of(TEACHER.log_softmax(-1)[None].float().numpy(), k)))
     assert isinstance(found, TopK)
-    return torch.zeros(1, dtype=torch.int64), torch.from_numpy(found.ids).long(), torch.from_numpy(found.log_probs)
+    return torch.from_numpy(found.ids).long(), torch.from_numpy(found.log_probs)
 
 
 def test_probable_tokens_are_exact_where_k_is_the_vocabulary() -> None:
-    teacher, student, logits = TEACHER.log_softmax(-1), STUDENT[0, 0].log_softmax(-1), STUDENT.clone().requires_grad_()
-    positions, ids, _ = top_k_tensors(V)
-    exact = top_k_forward_kl_sum(logits, positions, ids, teacher[ids[0]][None])
+    teacher, student, logits = TEACHER.log_softmax(-1), STUDENT[0].log_softmax(-1), STUDENT.clone().requires_grad_()
+    ids, _ = top_k_tensors(V)
+    exact = top_k_divergence_sum(logits, ids, teacher[ids[0]][None], Divergence("forward_kl"))
     assert float(exact.detach()) == pytest.approx(float((teacher.exp() * (teacher - student)).sum()), abs=1e-6)
     assert gradient_of(exact, logits) == pytest.approx(full_gradient(1.0), abs=1e-6)
 
 
 def test_what_packing_rounds_is_lost_in_the_gradient() -> None:
     logits = STUDENT.clone().requires_grad_()
-    found = gradient_of(top_k_forward_kl_sum(logits, *top_k_tensors(V)), logits)
+    found = gradient_of(top_k_divergence_sum(logits, *top_k_tensors(V), Divergence("forward_kl")), logits)
     # A probability is off by half a step of its own size, and the student's share of their sum as much.
     assert np.abs(found - full_gradient(1.0)).max() < LOG_PROB_STEP * float(TEACHER.softmax(-1).max())
-    fewer = gradient_of(top_k_forward_kl_sum(logits, *top_k_tensors(V // 2)), logits)
+    fewer = gradient_of(top_k_divergence_sum(logits, *top_k_tensors(V // 2), Divergence("forward_kl")), logits)
     assert np.abs(fewer - full_gradient(1.0)).max() > LOG_PROB_STEP

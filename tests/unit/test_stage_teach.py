@@ -23,7 +23,7 @@ from launch import worker
 from launch.config import Config
 from launch.pipeline import Stage
 from train.config import TeacherConfig, TrackingConfig
-from train.engine import InferenceModel, World
+from train.engine import InferenceModel
 from train.progress import StageProgress
 from train.student import stage as student
 from train.teacher import claims, stage, tally
@@ -41,6 +41,7 @@ from train.teacher.tally import Tally
 from train.teacher.writing import Request, Written
 from train.tokenization import train_tokenizer
 from train.tracking import Tracker, read_log
+from train.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 SAMPLED = RationalesConfig(samples=3)

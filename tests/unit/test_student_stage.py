@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from data.config import RationalesConfig
 from data.examples import TaskExample
@@ -15,11 +16,14 @@ from data.soft_labels import AnswerDistribution, Sampled, SoftLabels, TopK
 from data.tasks import Task
 from train import models
 from train.config import LossConfig, ScratchModel, StudentConfig
-from train.engine import World
 from train.student import stage
 from train.tokenization import train_tokenizer
 from train.tracking import Tracker
 from train.trainer import TrainingRun
+from train.world import World
+
+if TYPE_CHECKING:
+    from train.learner import LiveTeacher
 
 EXAMPLES = [TaskExample(f"e{n}", f"{n} + {n}?", str(2 * n)) for n in range(6)]
 TASK = Task(EXAMPLES, EXAMPLES[:2], [])
@@ -44,22 +48,46 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
-def learn(
-    monkeypatch: pytest.MonkeyPatch, records: list[TeacherRecord], student: dict[str, Any] | str, teacher: str, served: str | None = None
-) -> TrainingRun:
+@dataclass(frozen=True)
+class Handed:
     """What the stage hands to the training loop."""
-    handed: list[TrainingRun] = []
+
+    model: PreTrainedModel
+    run: TrainingRun
+    counts: dict[str, int]
+    live: LiveTeacher | None
+
+
+def train(monkeypatch: pytest.MonkeyPatch, config: StudentConfig, inputs: stage.StudentInputs, records: list[TeacherRecord]) -> Handed:
+    handed: list[Handed] = []
+
+    def loop(
+        model: Any, tokenizer: Any, run: TrainingRun, world: World, tracker: Any, counts: dict[str, int], live: LiveTeacher | None
+    ) -> None:
+        handed.append(Handed(model, run, counts, live))
+
     monkeypatch.setattr(stage, "read_records", lambda folder, split: records)
-    monkeypatch.setattr(stage, "train_checkpoint", lambda model, tokenizer, run, *rest: handed.append(run))
-    inputs = stage.StudentInputs(TASK, Path(), RationalesConfig(), teacher, served)
-    config = StudentConfig.model_validate({"model": student})
+    monkeypatch.setattr(stage, "train_checkpoint", loop)
 
     def tracker(step: int) -> Tracker:
         raise AssertionError("nothing is trained here")
 
     world = World(0, 1, torch.device("cpu"))
-    stage.run(config, LossConfig(soft=0.5), inputs, Path(), world, seed=0, title="train", open_tracker=tracker)
+    stage.run(config, config.loss, inputs, Path(), world, seed=0, title="train", open_tracker=tracker)
     return handed[0]
+
+
+def learn(
+    monkeypatch: pytest.MonkeyPatch,
+    records: list[TeacherRecord],
+    student: dict[str, Any] | str,
+    teacher: str,
+    served: str | None = None,
+    source: Literal["records", "live"] = "records",
+) -> TrainingRun:
+    """A student that learns soft labels."""
+    config = StudentConfig.model_validate({"model": student, "loss": {"soft": 0.5, "teacher": source}})
+    return train(monkeypatch, config, stage.StudentInputs(TASK, Path(), RationalesConfig(), teacher, served), records).run
 
 
 def on_tokens(soft: SoftLabels) -> list[TeacherRecord]:
@@ -107,3 +135,91 @@ def test_no_soft_label_at_all_is_told(monkeypatch: pytest.MonkeyPatch, teachers:
     records = [*RECORDS[:4], *(replace(record, parseable=False) for record in RECORDS[4:])]
     with pytest.raises(ValueError, match=r"no row has soft labels; 4 of 6 records hold a usable answer\. .* set teacher\.soft_labels\.on"):
         learn(monkeypatch, records, teachers["t5"], teachers["t5"])
+
+
+# ----- a live teacher -----
+
+
+def test_a_live_teacher_is_handed_on_and_stored_soft_labels_stay_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, teachers: dict[str, str]
+) -> None:
+    config = StudentConfig(model=teachers["t5"], loss=LossConfig(soft=0.5, teacher="live"))
+    inputs = stage.StudentInputs(TASK, Path(), RationalesConfig(), teachers["t5"])
+    handed = train(monkeypatch, config, inputs, on_tokens(TOP_K))
+    assert handed.live is not None
+    theirs, ours = handed.live.model.state_dict(), handed.model.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert handed.live.model is not handed.model
+    assert not handed.live.model.training
+    assert not any(parameter.requires_grad for parameter in handed.live.model.parameters())
+    assert all(sequence.soft is None for row in handed.run.rows for sequence in row.sequences)
+    # Answers are no targets either: the teacher itself says how likely each token is.
+    answered = train(monkeypatch, config, inputs, ANSWERED).run
+    assert [[s.weight for s in row.sequences] for row in answered.rows] == [[None, None]] * 6
+    assert train(monkeypatch, StudentConfig(model=teachers["t5"]), inputs, RECORDS).live is None
+
+
+def test_a_live_teacher_needs_a_student_of_its_vocabulary_and_family(monkeypatch: pytest.MonkeyPatch, teachers: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"^student\.loss\.soft needs one vocabulary, but \d+ tokens differ"):
+        learn(monkeypatch, RECORDS, {"from_scratch": "t5", **SMALL}, teachers["t5"], source="live")
+    with pytest.raises(ValueError, match="but the teacher is decoder_only and the student encoder_decoder") as raised:
+        learn(monkeypatch, RECORDS, teachers["t5"], teachers["llama"], source="live")
+    assert "set student.loss.teacher to records and teacher.soft_labels.format to choices or answers" in str(raised.value)
+
+
+# ----- one task -----
+
+ONE_TASK: dict[str, Any] = {"model": {"from_scratch": "t5", **SMALL}, "single_task": True, "loss": LossConfig(label=1, rationale=0)}
+
+
+def recorded(**knobs: Any) -> stage.StudentInputs:
+    return stage.StudentInputs(TASK, Path(), RationalesConfig.model_validate(knobs), None)
+
+
+def test_a_single_task_student_solves(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = replace(recorded(), validation_rationales={EXAMPLES[0].id: "why"})
+    handed = train(monkeypatch, StudentConfig(**ONE_TASK), inputs, RECORDS)
+    assert handed.run.text_format.part == "solve"
+    assert [(len(row.sequences), row.sequences[0].given) for row in handed.run.rows] == [(1, 0)] * 6
+    assert (handed.counts["rows"], handed.counts["rationale_rows"]) == (6, 6)
+    first, second = (row.sequences[0] for row in handed.run.validation)
+    # The first has a rationale; of the second the mark alone is given. What is asked is a digit and the end.
+    assert first.given > second.given > 0
+    assert first.target_ids[: first.given][-second.given :] == second.target_ids[: second.given]
+    assert [len(s.target_ids) - s.given for s in (first, second)] == [2, 2]
+    two_tasks = train(monkeypatch, StudentConfig(**{**ONE_TASK, "single_task": False}), recorded(), RECORDS)
+    assert two_tasks.run.text_format.part == "predict"
+
+
+def test_a_single_task_student_without_a_rationale_to_learn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    disagreeing = [replace(record, agrees=False) for record in RECORDS]
+    told = "but no record has a rationale that teacher.rationales.keep lets pass; loosen keep"
+    with pytest.raises(ValueError, match=f"^student.single_task is true, {told}$"):
+        train(monkeypatch, StudentConfig(**ONE_TASK), recorded(keep="agreeing"), disagreeing)
+    with pytest.raises(ValueError, match=f"^student.loss.rationale has a weight, {told}$"):
+        train(monkeypatch, StudentConfig(model=ONE_TASK["model"]), recorded(keep="agreeing"), disagreeing)
+    with pytest.raises(ValueError, match=r"^the student has no row to learn: teacher\.rationales\.keep with drop_rows"):
+        train(monkeypatch, StudentConfig(**ONE_TASK), recorded(keep="agreeing", drop_rows=True), disagreeing)
+
+
+# ----- a share of the rows, a seed of one's own -----
+
+
+def test_all_arms_learn_the_same_share_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = [ONE_TASK, {**ONE_TASK, "single_task": False}, {"model": ONE_TASK["model"]}]
+    knobs = [{**arm, "seed": seed} for arm in arms for seed in (None, 9)]
+    shares = [
+        [train(monkeypatch, StudentConfig(**arm, data_fraction=fraction), recorded(), RECORDS) for arm in knobs] for fraction in (0.34, 1.0)
+    ]
+    ids = [[[row.id for row in handed.run.rows] for handed in share] for share in shares]
+    assert all(found == ids[0][0] and len(found) == 2 for found in ids[0])
+    assert all(found == [example.id for example in EXAMPLES] for found in ids[1])
+    assert {(handed.counts["rows"], handed.counts["rows_available"]) for handed in shares[0]} == {(2, 6)}
+
+
+def test_the_students_seed_is_of_its_weights_and_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out, same, other = (train(monkeypatch, StudentConfig(**ONE_TASK, seed=seed), recorded(), RECORDS) for seed in (None, 0, 9))
+    assert [handed.run.seed for handed in (left_out, same, other)] == [0, 0, 9]
+    weights = [handed.model.get_input_embeddings().weight for handed in (left_out, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])

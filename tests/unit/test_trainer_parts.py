@@ -1,89 +1,38 @@
+"""The parts of the training loop: steps, the best model, the meter, and one step however it is split."""
+
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from data.batches import collate, micro_batches
+from data.batches import collate, deal, rounded, token_counts
 from data.prompts import TextFormat
 from data.rows import TrainRow, TrainSequence
 from data.soft_labels import Sampled, TopK
 from train.config import LossConfig, TrainingConfig
-from train.engine import World
-from train.losses import cross_entropy_sum, sampled_forward_kl_sum, top_k_forward_kl_sum
-from train.trainer import Best, TrainingRun, _finite, loss_sums
+from train.keepers import InMemory, ModelFolders
+from train.learner import Learner, LiveTeacher, tensors_of
+from train.losses import Divergence
+from train.meter import Meter
+from train.throughput import Arithmetic
+from train.trainer import Best, TrainingRun
+from train.world import World
 
-FORM = TextFormat("encoder_decoder", eos_id=1, pad_id=0, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=16)
+FORM = TextFormat("decoder_only", eos_id=1, pad_id=0, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=16)
+WORLD = World(0, 1, torch.device("cpu"))
 
 
-def run(num_rows: int, num_sequences: int = 1, **knobs: object) -> TrainingRun:
-    rows = [TrainRow(f"row-{n}", (TrainSequence([5, 1], [6, 1], True),) * (num_sequences if n else 1)) for n in range(num_rows)]
+def run(num_rows: int, **knobs: object) -> TrainingRun:
+    rows = [TrainRow(f"row-{n}", (TrainSequence([5, 1], [6, 1], True),)) for n in range(num_rows)]
     return TrainingRun(rows, rows, FORM, TrainingConfig.model_validate(knobs), LossConfig(), 0, Path(), "train")
-
-
-def world(size: int = 1, device: str = "cpu", rank: int = 0) -> World:
-    return World(rank, size, torch.device(device))
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "batch_size", "micro", "size", "device", "expected"),
-    [
-        (1000, 64, "auto", 1, "cpu", (64, 1)),
-        (1000, 64, "auto", 1, "cuda", (32, 2)),
-        (1000, 64, "auto", 4, "cuda", (16, 1)),
-        (1000, 65, "auto", 2, "cpu", (33, 1)),
-        (1000, 64, 8, 2, "cpu", (8, 4)),
-        (1000, 64, 10, 2, "cuda", (10, 4)),
-        (1000, 64, 100, 2, "cpu", (32, 1)),
-        (10, 64, "auto", 1, "cuda", (10, 1)),
-        (3, 64, "auto", 8, "cpu", (1, 1)),
-    ],
-)
-def test_micro_batches_share_a_step_evenly(
-    num_rows: int, batch_size: int, micro: int | str, size: int, device: str, expected: tuple[int, int]
-) -> None:
-    assert run(num_rows, batch_size=batch_size, micro_batch_size=micro).micro_batching(world(size, device)) == expected
-
-
-@pytest.mark.parametrize(
-    ("num_sequences", "micro", "device", "expected"),
-    [
-        (2, "auto", "cuda", (32, 2)),
-        (7, "auto", "cuda", (9, 8)),
-        (7, "auto", "cpu", (18, 4)),
-        (500, "auto", "cuda", (1, 64)),
-        (7, 16, "cuda", (16, 4)),
-    ],
-)
-def test_rows_of_many_answers_make_smaller_micro_batches(
-    num_sequences: int, micro: int | str, device: str, expected: tuple[int, int]
-) -> None:
-    wide = run(100, num_sequences, batch_size=64, micro_batch_size=micro)
-    assert wide.micro_batching(world(1, device)) == expected
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.one_of(st.just("auto"), st.integers(1, 9)), st.integers(1, 5))
-def test_every_row_of_an_epoch_is_trained_once_whatever_the_processes(
-    num_rows: int, batch_size: int, micro: int | str, num_ranks: int
-) -> None:
-    given_run = run(num_rows, batch_size=batch_size, micro_batch_size=micro)
-    size, num_micro = given_run.micro_batching(world(num_ranks))
-    seen: Counter[str] = Counter()
-    for step in range(given_run.order.steps_per_epoch):
-        rows = [given_run.rows[n] for n in given_run.order.rows_of(step)]
-        for rank in range(num_ranks):
-            shares = list(micro_batches(rows, rank=rank, num_ranks=num_ranks, micro_batch_size=size, num_micro_batches=num_micro))
-            assert len(shares) == num_micro
-            seen.update(row.id for part, filling in shares for row in part[: len(part) - filling])
-    assert seen == Counter(row.id for row in given_run.rows)
 
 
 @pytest.mark.parametrize(("num_rows", "epochs", "steps"), [(10, 1.0, 3), (10, 2.0, 6), (10, 0.5, 2), (10, 0.01, 1), (8, 1.5, 3)])
@@ -104,144 +53,194 @@ def test_the_first_validation_always_improves_on_nothing(loss: float) -> None:
     assert Best().improved_by({"exact_match": 0.0, "loss": loss})
 
 
-def test_finite_losses_pass() -> None:
-    losses = torch.tensor([1.0, 0.0, 2.0])
-    assert _finite(losses, 1, run(2).rows) is losses
+# The meter
+
+
+ARITHMETIC = Arithmetic(per_input_token=10.0, per_target_token=10.0, head=5.0, attention=2.0)
+
+
+def metered(*losses: tuple[float, float, float], norm: float = 2.0, weights: tuple[float, float, float] = (0.5, 0.5, 0.0)) -> Meter:
+    meter = Meter(WORLD, torch.tensor(weights), ARITHMETIC, 1e12)
+    for number, values in enumerate(losses, start=17):
+        counts = torch.tensor([2.0, 4.0, 1.0])
+        sequences = [TrainSequence([5, 1], [6, 1], True)]
+        meter.add(number, torch.tensor(values) * counts, counts, torch.tensor(norm), 0.1, sequences, [f"row-{n}" for n in range(9)])
+    return meter
+
+
+def test_the_meter_gives_the_mean_of_each_loss_and_their_weighted_sum() -> None:
+    lines, stopping = metered((1.0, 3.0, 7.0), (2.0, 4.0, 7.0)).flush(False)
+    assert [step for step, _ in lines] == [17, 18]
+    first = lines[0][1]
+    assert first == {"loss": 2.0, "loss_label": 1.0, "loss_rationale": 3.0, "learning_rate": pytest.approx(0.1), "gradient_norm": 2.0}
+    assert set(lines[1][1]) - set(first) == {"tokens_per_second", "mfu"}
+    # 2 steps of 3 tokens that are read; operations by hand: (2 + 1) x 10 + 2 x 5 + 9 x 2 = 58.
+    assert lines[1][1]["mfu"] / lines[1][1]["tokens_per_second"] == pytest.approx(58 / 3 / 1e12)
+    assert not stopping
+    assert metered((1.0, 3.0, 7.0)).flush(True)[1]
 
 
 @pytest.mark.parametrize(("value", "name"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_a_loss_that_is_not_finite_names_step_parts_and_examples(value: float, name: str) -> None:
+    meter = metered((1.0, 3.0, 0.0), (0.12345, value, 0.0), (math.nan, 1.0, 0.0))
     with pytest.raises(RuntimeError) as raised:
-        _finite(torch.tensor([0.12345, value, 0.0]), 17, run(3).rows)
+        meter.flush(False)
     assert str(raised.value) == (
-        f"the loss is not finite at step 17 (label 0.1235, rationale {name}, soft 0); nothing was updated. The batch holds the examples "
-        "row-0, row-1, row-2. Lower the learning rate or lengthen the warm-up, and run again from the last checkpoint"
+        f"the loss is not finite at step 18 (label 0.1235, rationale {name}; norm of the gradient 2); nothing was updated from there on. "
+        "The batch holds the examples row-0, row-1, row-2, row-3, row-4, row-5, row-6, row-7, .... Lower the learning rate or lengthen the "
+        "warm-up, and run again from the last checkpoint"
     )
-    with pytest.raises(RuntimeError, match=r"row-6, row-7, \.\.\.\. Lower"):
-        _finite(torch.tensor([value, 0.0, 0.0]), 17, run(9).rows)
+
+
+def test_a_gradient_that_is_not_finite_stops_it_too_and_a_loss_without_weight_does_not() -> None:
+    with pytest.raises(RuntimeError, match=r"the gradient is not finite at step 17 \(label 1, rationale 3; norm of the gradient inf\)"):
+        metered((1.0, 3.0, 0.0), norm=math.inf).flush(False)
+    assert metered((1.0, 3.0, math.nan)).flush(False)[0][0][1]["loss"] == 2.0
+
+
+def test_operations_of_a_model_are_counted_from_its_matrices() -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+    )
+    for tied in (True, False):
+        config.tie_word_embeddings = tied
+        found = Arithmetic.of(LlamaForCausalLM(config))
+        layer = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24
+        assert found == Arithmetic(6.0 * 3 * layer, 6.0 * 3 * layer, 6.0 * 40 * 16, 6.0 * 3 * 16)
+
+
+# Keepers
+
+
+def test_folders_keep_the_best_and_become_the_model(tmp_path: Path) -> None:
+    def export(weights: dict[str, Tensor], folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(str(float(weights["w"])))
+
+    keeper = ModelFolders(tmp_path, WORLD, export)
+    for step in (3, 6):
+        keeper.keep(step, lambda step=step: {"w": torch.tensor(float(step))})
+    keeper.settle(6)
+    assert [path.name for path in tmp_path.iterdir()] == ["model-6"]
+    (tmp_path / "state").mkdir()
+    keeper.finish(6)
+    assert (tmp_path / "model" / "weights").read_text() == "6.0"
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_model_that_cannot_be_written_stops_the_training(tmp_path: Path) -> None:
+    def export(weights: dict[str, Tensor], folder: Path) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        ModelFolders(tmp_path, WORLD, export).keep(3, dict)
+
+
+def test_memory_keeps_the_last_best() -> None:
+    keeper = InMemory()
+    keeper.keep(1, lambda: {"w": torch.tensor(1.0)})
+    keeper.keep(2, lambda: {"w": torch.tensor(2.0)})
+    keeper.settle(2)
+    assert float(keeper.best["w"]) == 2.0
+
+
+# One step
 
 
 SOFT = TopK(np.array([[6, 1], [1, 6]], np.int32), np.log(np.array([[0.75, 0.125], [0.5, 0.25]], np.float32)), np.zeros(2, np.float32))
-SEQUENCES = [TrainSequence([5, 1], [6, 1], True, SOFT), TrainSequence([5, 1], [7, 8, 1], False), TrainSequence([4, 1], [9, 1], True)]
-
-
-def test_the_three_losses_of_a_batch() -> None:
-    batch = collate(SEQUENCES, FORM, 0)
-    logits = torch.randn(3, 3, 10, generator=torch.Generator().manual_seed(0))
-    log_probs = logits.log_softmax(-1)
-    label = -(log_probs[0, 0, 6] + log_probs[0, 1, 1] + log_probs[2, 0, 9] + log_probs[2, 1, 1])
-    rationale = -(log_probs[1, 0, 7] + log_probs[1, 1, 8] + log_probs[1, 2, 1])
-    soft = top_k_forward_kl_sum(logits, torch.tensor([0, 1]), torch.from_numpy(SOFT.ids).long(), torch.from_numpy(SOFT.log_probs))
-    torch.testing.assert_close(loss_sums(logits, batch), torch.stack([label, rationale, soft]))
-
-
-def test_a_batch_that_only_fills_has_no_loss_but_a_gradient() -> None:
-    batch = collate(SEQUENCES, FORM, 0, num_masked=3)
-    logits = torch.randn(3, 3, 10).requires_grad_()
-    sums = loss_sums(logits, batch)
-    assert sums.tolist() == [0.0, 0.0, 0.0]
-    (gradient,) = torch.autograd.grad(sums.sum(), logits)
-    assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-def test_the_losses_of_micro_batches_add_up_to_those_of_the_step() -> None:
-    # The model's logits at a token stand here for a function of the token alone.
-    table = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
-
-    def sums(sequences: list[TrainSequence]) -> torch.Tensor:
-        batch = collate(sequences, FORM, 0)
-        assert batch.decoder_input_ids is not None
-        return loss_sums(table[batch.decoder_input_ids], batch)
-
-    torch.testing.assert_close(sums(SEQUENCES), sum((sums([s]) for s in SEQUENCES), torch.zeros(3)))
-    alone = collate([dataclasses.replace(SEQUENCES[1])], FORM, 0)
-    assert alone.decoder_input_ids is not None
-    rationale = cross_entropy_sum(table[alone.decoder_input_ids], alone.targets, alone.rationale_mask)
-    torch.testing.assert_close(sums(SEQUENCES)[1], rationale)
-
-
 DRAWN = Sampled(
     np.array([6, 1, 6], np.int32), np.array([4, 1, 3], np.int32), np.array([1, 2], np.int32), np.zeros(2, np.float32), 4, temperature=2.0
 )
-ANSWERS = (TrainSequence([5, 1], [6, 1], False, weight=0.75), TrainSequence([5, 1], [7, 8, 1], False, weight=0.25))
 
 
-def test_the_soft_loss_of_draws_is_at_their_temperature() -> None:
-    batch = collate([dataclasses.replace(SEQUENCES[0], soft=DRAWN), *SEQUENCES[1:]], FORM, 0)
-    logits = torch.randn(3, 3, 10, generator=torch.Generator().manual_seed(0))
-    ids, log_probs = torch.tensor([[6, 0], [1, 6]]), torch.tensor([[1.0, 0.0], [0.25, 0.75]]).log()
-    soft = sampled_forward_kl_sum(logits, torch.tensor([0, 1]), ids, log_probs, 2.0)
-    torch.testing.assert_close(loss_sums(logits, batch)[2], soft)
-
-
-def test_the_soft_loss_of_answers_by_hand() -> None:
-    # Each token of the first answer has 1/2, each of the second 1/4: (0.75 x 2 ln 2 + 0.25 x 3 ln 4) / (0.75 x 2 + 0.25 x 3).
-    batch = collate(ANSWERS, FORM, 0)
-    logits = torch.zeros(2, 3, 10)
-    logits[0, :2] = torch.tensor([0.0, 0.5, 0, 0, 0, 0, 0.5, 0, 0, 0]).log()
-    logits[1] = torch.tensor([0.0, 0.25, 0, 0, 0, 0, 0, 0.25, 0.25, 0.25]).log()
-    sums = loss_sums(logits, batch)
-    assert sums.tolist() == pytest.approx([0, 0, 2.079442], abs=1e-6)
-    assert batch.token_counts().tolist() == [0, 0, 2.25]
-    assert float(sums[2] / batch.token_counts()[2]) == pytest.approx(0.924196, abs=1e-6)
-
-
-def test_one_certain_answer_teaches_what_its_label_does() -> None:
-    label = SEQUENCES[2]
-    batch = collate([label, dataclasses.replace(label, is_label=False, weight=1.0)], FORM, 0)
-    sums = loss_sums(torch.randn(1, 2, 10, generator=torch.Generator().manual_seed(0)).expand(2, 2, 10), batch)
-    assert float(sums[2]) == pytest.approx(float(sums[0]), rel=1e-6)
-    assert float(sums[0]) > 0
-    assert batch.token_counts().tolist() == [2, 0, 2]
-
-
-def rows_with(kind: str) -> list[TrainRow]:
-    """11 rows of unequal lengths; some have no soft part."""
+def sequences_with(kind: str) -> list[TrainSequence]:
+    """Of 11 rows, of unequal lengths; some have no soft part."""
     draw = np.random.default_rng(5)
     made = []
     for n in range(11):
-        label = TrainSequence([5, 1], [*draw.integers(2, 12, size=1 + n % 4).tolist(), 1], True)
-        sequences = [label]
+        label = TrainSequence([5, *draw.integers(2, 12, n % 3).tolist()], [*draw.integers(2, 12, size=1 + n % 4).tolist(), 1], True)
+        made.append(label)
         if n % 3 and kind == "answers":
             share = float(draw.uniform(0.1, 0.9))
-            sequences += [
+            made += [
                 dataclasses.replace(label, is_label=False, weight=weight, target_ids=[*draw.integers(2, 12, size=n % 5).tolist(), 1])
                 for weight in (share, 1 - share)
             ]
-        elif n % 3:
-            sequences[0] = dataclasses.replace(label, soft=SOFT if kind == "top_k" else DRAWN)
+        elif n % 3 and kind != "live":
+            made[-1] = dataclasses.replace(label, soft=SOFT if kind == "top_k" else DRAWN)
         if n % 2:
-            sequences.append(TrainSequence([5, 1], [*draw.integers(2, 12, size=n).tolist(), 1], False))
-        made.append(TrainRow(f"row-{n}", tuple(sequences)))
+            made.append(TrainSequence([5, 1], [*draw.integers(2, 12, size=n).tolist(), 1], False))
     return made
 
 
-def step(table: torch.Tensor, rows: list[TrainRow], num_ranks: int, size: int) -> tuple[list[float], torch.Tensor]:
+def tiny(seed: int) -> LlamaForCausalLM:
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=1)).eval()
+
+
+STUDENT = tiny(0)
+
+
+def step(kind: str, num_ranks: int, max_tokens: int, packed: bool, filled: bool = False) -> tuple[list[float], list[Tensor]]:
     """One optimizer step's losses and gradient, as the trainer makes them: sums of all ranks' micro-batches over global counts."""
-    table = table.clone().requires_grad_()
-    num_micro = math.ceil(math.ceil(len(rows) / num_ranks) / size)
-    batches = []
-    for rank in range(num_ranks):
-        for part, filling in micro_batches(rows, rank=rank, num_ranks=num_ranks, micro_batch_size=size, num_micro_batches=num_micro):
-            sequences = [s for row in part for s in row.sequences]
-            batches.append(collate(sequences, FORM, 0, num_masked=len(sequences) if filling else 0))
-    counts = torch.stack([batch.token_counts() for batch in batches]).sum(dim=0).clamp(min=1)
-    total = torch.zeros(3)
-    for batch in batches:
-        assert batch.decoder_input_ids is not None
-        sums = loss_sums(table[batch.decoder_input_ids], batch)
-        ((torch.tensor([0.5, 0.3, 0.7]) * sums / counts.to(sums)).sum()).backward()
-        total += sums.detach()
-    assert table.grad is not None
-    return (total.double() / counts).tolist(), table.grad
+    sequences, soft = sequences_with(kind), "live" if kind == "live" else "stored"
+    live = LiveTeacher(tiny(1)) if kind == "live" else None
+    learner = Learner(STUDENT, divergence=Divergence("forward_kl"), live=live)
+    STUDENT.zero_grad()
+    counts = token_counts(sequences, soft).float()
+    scale, sums = torch.tensor([0.5, 0.3, 0.7]) / counts, torch.zeros(3)
+    with learner.packed() if packed else nullcontext():
+        for share in deal(sequences, num_ranks=num_ranks, max_tokens=max_tokens, packed=packed):
+            for part, filling in share:
+                batch = collate(part, FORM, 0, packed=packed, num_masked=filling, soft=soft)
+                total, found = learner(scale, **tensors_of(rounded(batch) if filled else batch))
+                total.backward()
+                sums += found
+    learner.release()
+    return (sums / counts).tolist(), [p.grad.clone() for p in STUDENT.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("kind", ["top_k", "sampled", "answers"])
-def test_one_big_batch_equals_any_split_over_ranks_and_accumulation(kind: str) -> None:
-    table, rows = torch.randn(12, 12, generator=torch.Generator().manual_seed(1)), rows_with(kind)
-    losses, gradient = step(table, rows, 1, len(rows))
-    assert min(losses) > 0.1
-    for num_ranks, size in [(1, 1), (1, 4), (2, 6), (2, 3), (3, 2), (4, 1), (5, 9)]:
-        split_losses, split_gradient = step(table, rows, num_ranks, size)
+@pytest.mark.parametrize("kind", ["top_k", "sampled", "answers", "live"])
+def test_one_big_batch_equals_any_split_over_ranks_accumulation_and_packing(kind: str) -> None:
+    losses, gradient = step(kind, 1, 10**6, packed=False)
+    assert min(losses) > 1e-4
+    for num_ranks, max_tokens, packed in [
+        (1, 10**6, True),
+        (1, 20, True),
+        (1, 40, False),
+        (2, 30, True),
+        (3, 1, True),
+        (2, 25, False),
+        (40, 99, True),
+    ]:
+        split_losses, split_gradient = step(kind, num_ranks, max_tokens, packed)
         assert split_losses == pytest.approx(losses, abs=1e-5)
-        torch.testing.assert_close(split_gradient, gradient, rtol=0, atol=1e-5)
+        for mine, whole in zip(split_gradient, gradient, strict=True):
+            torch.testing.assert_close(mine, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled", "answers", "live"])
+def test_what_fills_a_batch_up_to_a_size_counts_nowhere(kind: str) -> None:
+    losses, gradient = step(kind, 1, 10**6, packed=True)
+    filled_losses, filled_gradient = step(kind, 1, 10**6, packed=True, filled=True)
+    assert filled_losses == pytest.approx(losses, abs=1e-5)
+    for mine, whole in zip(filled_gradient, gradient, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=0, atol=1e-5)
+
+
+def test_filled_batches_have_few_sizes() -> None:
+    shapes = set()
+    for count in range(1, len(sequences := sequences_with("sampled"))):
+        batch = rounded(collate(sequences[:count], FORM, 0, packed=True))
+        assert batch.starts is not None
+        assert int(batch.starts[-1]) == batch.input_ids.shape[1]
+        shapes.add((tuple(batch.input_ids.shape), len(batch.starts), len(batch.targets), tuple(batch.soft_ids.shape)))
+    assert shapes <= {((1, 512), 33, 2048, (1024, 16)), ((1, 512), 33, 1024, (0, 1))}
+
+
+def test_a_batch_of_a_whole_size_is_not_filled() -> None:
+    batch = collate([TrainSequence([3] * 15, [4, 1], True)] * 32, FORM, 0, packed=True)
+    assert rounded(batch).input_ids.shape == batch.input_ids.shape == (1, 512)
+    assert rounded(batch).num_sequences == 64

@@ -75,9 +75,10 @@ def check(target: DeployTarget, model_folder: Path, source_bytes: int) -> None:
             "the model is too small to gain from it; remove the target"
         )
     runtime = Ctranslate2Runtime(model_folder, device="cpu")
-    prompt, _ = runtime.format.prompt_ids("predict", _PROBE, runtime.encode)
-    label, _ = runtime.format.label_ids("2", runtime.encode)
-    scores = runtime.log_probs(prompt, label)
+    form = runtime.format
+    prompt, _ = form.prompt_ids(form.part, _PROBE, runtime.encode)
+    solution = [token for segment in form.solution_ids("One more is 2.", "2", runtime.encode) for token in segment]
+    scores = runtime.log_probs(prompt, solution if form.part == "solve" else form.label_ids("2", runtime.encode)[0])
     if not all(map(math.isfinite, scores)):
         raise RuntimeError(
             f"deploy.targets: {target} gives log-probabilities that are not finite ({scores}): the checkpoint's weights are not finite, "

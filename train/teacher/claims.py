@@ -11,7 +11,8 @@ from torch import distributed
 
 from data.examples import TaskExample
 from data.store import CHUNK, missing_chunks
-from train.engine import InferenceModel, World
+from train.engine import InferenceModel
+from train.world import World
 
 
 @dataclass(frozen=True, slots=True)

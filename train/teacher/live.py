@@ -15,7 +15,7 @@ from data.examples import TaskExample
 from data.prompts import Encode, TextFormat
 from data.records import TeacherRecord
 from train.config import TeacherConfig
-from train.engine import InferenceModel, World, place_for_inference
+from train.engine import InferenceModel, place_for_inference
 from train.models import load_model
 from train.teacher.alignment import soft_labels, vocabulary_of
 from train.teacher.answers import Answering, Attach
@@ -31,6 +31,7 @@ from train.teacher.score import Scorer, auto_batch_tokens
 from train.teacher.vllm import VllmWriter
 from train.teacher.writing import Sampling, Writer, Written
 from train.tokenization import encoder, text_format
+from train.world import World
 
 
 @dataclass(frozen=True, slots=True)

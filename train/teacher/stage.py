@@ -20,7 +20,6 @@ from data.store_check import Origin, check_store, refuse_bad
 from data.tasks import Task
 from train.artifacts import Records, write_json
 from train.config import TeacherConfig
-from train.engine import World
 from train.progress import StageProgress
 from train.teacher.answers import reject_reason
 from train.teacher.claims import Chunk, missing
@@ -29,6 +28,7 @@ from train.teacher.opening import Recorded, open_prompts
 from train.teacher.recorded import records
 from train.teacher.tally import Tally
 from train.tracking import Tracker
+from train.world import World
 
 SPLITS = ("train", "test")
 

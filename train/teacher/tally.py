@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from data.config import Metric
 from data.records import TeacherRecord
-from train.engine import World
 from train.progress import StageProgress
 from train.teacher.answers import NO_ANSWER, UNUSABLE, reject_reason
 from train.tracking import Tracker
+from train.world import World
 
 _LOG_SECONDS = 5.0
 _LOOK_SECONDS = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,10 @@ from data.rows import RowBuilder
 from data.tasks import Task
 from train.artifacts import Checkpoint
 from train.config import LossConfig, TeacherConfig
-from train.engine import World
 from train.models import family_of, load_model
 from train.tokenization import encoder, load_tokenizer, text_format
 from train.trainer import OpenTracker, TrainingRun, train_checkpoint
+from train.world import World
 
 
 def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: int, open_tracker: OpenTracker) -> Checkpoint:
@@ -37,13 +38,14 @@ def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: 
         raise ValueError("teacher.tune needs gold solutions, but task.rationale is missing or empty: name the field that holds them")
     tokenizer = load_tokenizer(config.model, texts=vocabulary_texts(task.train), folder=None, key="teacher.model")
     model = load_model(config.model, tokenizer, seed=seed, dtype=torch.float32, key="teacher.model")
-    form = text_format(
+    plain = text_format(
         tokenizer,
         family_of(model),
         max_input_tokens=config.tune.max_input_tokens,
         max_label_tokens=config.tune.max_label_tokens,
         max_rationale_tokens=config.tune.max_rationale_tokens,
     )
+    form = replace(plain, part="solve")
     builder = RowBuilder(form, encoder(tokenizer))
     rows = builder.solution_rows(task.train)
     validation = RowBuilder(form, encoder(tokenizer)).solution_rows(task.validation)
