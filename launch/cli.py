@@ -123,14 +123,55 @@ def plan(
 
 @app.command()
 @_told
-def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")], output: Output = "runs") -> None:
-    """Write the report of a run again and print its ladder."""
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Arms, with commas between: labels_only, step_by_step, soft_labels, step_by_step_soft, single_task, task_distillation, or "
+            "student (the configuration's own); NAME@gold or NAME@teacher says whose labels it learns."
+        ),
+    ] = "labels_only,step_by_step",
+    seeds: Annotated[int, typer.Option(help="Seeds of each cell of the table.")] = 4,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="student.KEY=VALUE,VALUE: values that each arm tries once; may be given several times.")
+    ] = None,
+    fractions: Annotated[str, typer.Option(help="Shares of the training rows, each SHARE or SHARE:SEEDS.")] = "1",
+    only: Annotated[int | None, typer.Option(help="Run so many trials at most now.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no trial when so many minutes have passed.")] = None,
+) -> None:
+    """Train arms of the student on the same records, tuned alike on validation, and compare them on the test split over several seeds."""
+    from rich.console import Console
+
+    from launch.rundir import command_line
+    from launch.sweep import Limits, run_sweep
+    from launch.sweep_report import write_report
+    from launch.sweep_request import read_request
+
+    console = Console()
+    limits = Limits.of(only, minutes)
+    asked = read_request(config, overrides or (), arms=arms, seeds=seeds, grid=grid or (), fractions=fractions)
+    write_report(run_sweep(asked, console, limits, shlex.join(command_line())), console)
+
+
+@app.command()
+@_told
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name; RUN/sweep for its sweep.")], output: Output = "runs"
+) -> None:
+    """Write the report of a run or of a sweep again and print its table."""
     from rich.console import Console
 
     from launch.rundir import find_run
     from launch.summary import report as write_report
+    from launch.sweep import find_sweep
+    from launch.sweep_report import write_report as write_sweep
 
-    write_report(find_run(run, output), Console())
+    if (folder := find_sweep(run, output)) is not None:
+        write_sweep(folder, Console())
+    else:
+        write_report(find_run(run, output), Console())
 
 
 @app.command()

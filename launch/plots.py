@@ -50,7 +50,7 @@ class Curve:
     label: str
     series: int
     """Which colour and mark: the same thing keeps its own from plot to plot."""
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
     marked: bool = False
     """Few measured points (a validation): each is marked."""
@@ -84,8 +84,11 @@ def accuracy_against_size(points: Sequence[Point]) -> Plot:
     return Plot(title, _svg(title, draw), [_legend(point.label, i) for i, point in enumerate(points)], caption)
 
 
-def curves(title: str, lines: Sequence[Curve], y_label: str, *, logarithmic: bool) -> Plot:
-    """Lines over training steps; the vertical axis is logarithmic where that is asked for and every value is positive."""
+def curves(title: str, lines: Sequence[Curve], y_label: str, *, logarithmic: bool, x_label: str = "step") -> Plot:
+    """Lines over training steps, or over what `x_label` says.
+
+    The vertical axis is logarithmic where that is asked for and every value is positive.
+    """
     values = [value for line in lines for value in line.values]
 
     def draw(axes: Axes) -> None:
@@ -98,7 +101,7 @@ def curves(title: str, lines: Sequence[Curve], y_label: str, *, logarithmic: boo
             axes.set_yscale("log")
             _log_ticks(axes.set_ylim, axes.set_yticks, min(values) / 1.1, max(values) * 1.1, "{:g}".format)
             axes.minorticks_off()
-        axes.set_xlabel("step")
+        axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
 
     return Plot(title, _svg(title, draw), [_legend(line.label, line.series) for line in lines])

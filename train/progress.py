@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,16 +15,27 @@ _QUIET_SECONDS = 5.0
 
 
 class StageProgress:
-    """Progress of `total` units of work; silent where not `enabled` (all processes but the main one)."""
+    """Progress of `total` units of work; silent where not `enabled` (all processes but the main one).
+
+    One that is entered inside another tells how it goes in the other's note, and shows nothing of its own.
+    """
+
+    _shown: ClassVar[StageProgress | None] = None
+    """The one that this process is inside of."""
 
     def __init__(self, title: str, total: int, unit: str, *, enabled: bool = True) -> None:
         self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
         self.done = 0
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
+        self._around: StageProgress | None = None
         self._started = self._told = time.monotonic()
 
     def __enter__(self) -> Self:
+        self._around = StageProgress._shown
+        if self._around is not None:
+            return self
+        StageProgress._shown = self
         if self.enabled and self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -42,6 +53,9 @@ class StageProgress:
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Counts `amount` units as done; `note` says how it goes."""
         before, self.done = self.done, self.done + amount
+        if self._around is not None:
+            self._around.tell(f"{self.title} {self.done}/{self.total} {note}")
+            return
         if not self.enabled:
             return
         if self._bar is not None:
@@ -51,6 +65,13 @@ class StageProgress:
             seconds = self._told - self._started
             print(f"{self.title}: {self.done}/{self.total} {self.unit}, {seconds:.0f} s  {note}".rstrip(), file=sys.stderr, flush=True)
 
+    def tell(self, note: str) -> None:
+        """Changes the note on a terminal."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._around is None:
+            StageProgress._shown = None
         if self._bar is not None:
             self._bar.stop()

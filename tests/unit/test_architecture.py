@@ -29,7 +29,7 @@ OWNERS = {
     "deepspeed": {"train.engine"},
     "wandb": {"train.tracking"},
     "datasets": {"data.tasks"},
-    "peft": {"train.models"},
+    "peft": {"train.lora"},
     "ctranslate2": {"train.deploy.ctranslate2"},
     "matplotlib": {"launch.report", "launch.plots"},
 }
@@ -182,7 +182,7 @@ def _stage_room(name: str) -> str | None:
     return next((room for room in STAGE_ROOMS if name == room or name.startswith(f"{room}.")), None)
 
 
-WORKER_SIDE = {"launch.worker", "launch.agent", "data.batches"}
+WORKER_SIDE = {"launch.worker", "launch.sweep_worker", "launch.agent", "data.batches"}
 """What runs under torchrun, torchrun itself, and the tensors of a batch; `agent` imports torch where it starts torchrun only."""
 
 
@@ -438,7 +438,11 @@ KEPT: list[tuple[Rule, dict[str, str]]] = [
     (torch_free, {"launch/worker.py": "import torch", "train/engine.py": "import torch", "data/tasks.py": "def f():\n    import datasets"}),
     (
         one_owner,
-        {"train/a.py": "from transformers import PreTrainedModel", "train/models.py": "from transformers import AutoModel\nimport peft"},
+        {
+            "train/a.py": "from transformers import PreTrainedModel",
+            "train/models.py": "from transformers import AutoModel",
+            "train/lora.py": "def f():\n    import peft",
+        },
     ),
     (no_evaluation_of_text, {"train/a.py": "model.eval()"}),
     (function_lengths, {"train/a.py": "def f():\n    '''Many\n" + "    lines\n" * 90 + "    '''\n    return 1\n"}),

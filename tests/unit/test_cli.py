@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from data.prompts import TextFormat
 from launch import cli, predict
 from launch.rundir import write_stages
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
@@ -30,7 +33,23 @@ CONFIG: dict[str, Any] = {
     "student": {"model": SMALL},
     "launch": {"device": "cpu"},
 }
-COMMANDS = ("run", "task", "tune", "teach", "train", "deploy", "evaluate", "plan", "report", "compare", "predict", "doctor", "schema")
+FORM = TextFormat("encoder_decoder", eos_id=1, pad_id=0, max_input_tokens=8, max_label_tokens=8, max_rationale_tokens=16)
+COMMANDS = (
+    "run",
+    "task",
+    "tune",
+    "teach",
+    "train",
+    "deploy",
+    "evaluate",
+    "plan",
+    "sweep",
+    "report",
+    "compare",
+    "predict",
+    "doctor",
+    "schema",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +98,8 @@ def finished_run(name: str, student: str = "soft_labels", right: str = "1100") -
     for arm in ("labels_only", student):
         Checkpoint("encoder_decoder", 22, 88, 5, 5, {"exact_match": 0.5}, {}, 8, 8, 8).write(stages[f"train.{arm}"])
     DeployedModel("ctranslate2-int8", "ctranslate2", "encoder_decoder", 25, 30, 88, 22, 8, 8).write(stages["deploy.ctranslate2-int8"])
+    (stages["deploy.ctranslate2-int8"] / "model").mkdir()
+    FORM.save(stages["deploy.ctranslate2-int8"] / "model")
     write_stages(folder, stages)
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "name": name}))
     (folder / "provenance.json").write_text(json.dumps({"command": "stepdown run mine.yaml"}))
@@ -236,12 +257,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the runtime was asked; it answers with the upper case."""
     calls: list[Any] = []
 
-    def opened(kind: str, folder: Path, **options: Any) -> str:
+    def opened(kind: str, folder: Path, **options: Any) -> SimpleNamespace:
         calls.append((kind, folder))
-        return "runtime"
+        return SimpleNamespace(format=TextFormat.load(folder))
 
-    def answered(runtime: str, inputs: list[str], part: str, **options: Any) -> list[str]:
-        calls.append((runtime, inputs, part, options))
+    def answered(runtime: SimpleNamespace, inputs: list[str], part: str, **options: Any) -> list[str]:
+        calls.append((inputs, part, options))
         return [text.upper() for text in inputs]
 
     monkeypatch.setattr(predict, "open_runtime", opened)
@@ -254,8 +275,15 @@ def test_predict_answers_one_line_an_input(asked: list[Any]) -> None:
     assert stepdown("predict", "mine", "one", "two") == (0, "ONE\nTWO\n", "")
     assert asked == [
         ("ctranslate2", Path("runs/mine/deploy.ctranslate2-int8-0/model")),
-        ("runtime", ["one", "two"], "predict", {"batch_size": 32, "max_new_tokens": 8}),
+        (["one", "two"], "predict", {"batch_size": 32, "max_new_tokens": 8}),
     ]
+
+
+def test_predict_asks_a_single_task_student_to_solve_and_gives_its_label(asked: list[Any]) -> None:
+    replace(FORM, part="solve").save(finished_run("mine") / "deploy.ctranslate2-int8-0" / "model")
+    # What the model writes is the upper case of its input.
+    assert stepdown("predict", "mine", "It is two. Answer: 2", "it ends") == (0, "2\nIT ENDS\n", "")
+    assert asked[1][1:] == ("solve", {"batch_size": 32, "max_new_tokens": 8 + 16 + 8})
 
 
 def test_predict_reads_standard_input(asked: list[Any]) -> None:
