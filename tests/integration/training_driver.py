@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
         }
     )
     teacher = LiveTeacher(load_model(sizes, tokenizer, seed=4, dtype=torch.float32).eval()) if way == "live" else None
-    loss = {
+    loss: dict[str, Any] = {
         "label": 0.5,
         "rationale": 0.5,
         "soft": 0.7,
