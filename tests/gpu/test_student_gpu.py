@@ -13,13 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.batches import collate, token_counts
 from data.prompts import TextFormat
 from data.rows import TrainSequence
-from train.adamw_kernel import update
 from train.config import TrainingConfig
 from train.flat import FlatEngine
 from train.learner import Learner
 from train.losses import Divergence
 from train.passes import open_passes
 from train.world import World
+
+pytest.importorskip("triton", exc_type=ImportError)
+from train.adamw_kernel import update
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
