@@ -119,7 +119,7 @@ def finish(folder: Path, name: str, chunk: int, processes: int) -> None:
 @pytest.mark.parametrize(
     ("name", "kills", "chunk"),
     [
-        ("sampled", 3, 16),
+        ("sampled", 1, 16),
         pytest.param("greedy", 20, 4, marks=pytest.mark.slow),
         pytest.param("sampled", 20, 4, marks=pytest.mark.slow),
     ],

@@ -28,10 +28,10 @@ def drive(folder: Path, processes: int, *names: str) -> Logs:
 
 
 T5 = ("t5:0:auto", "t5:0:64", "t5:1:auto", "t5:1:auto#again", "t5:2:64", "t5:3:auto")
-LLAMA = ("llama:0:auto", "llama:0:64", "llama:0:64#again", "llama:1:auto", "llama:3:64")
+LLAMA = ("llama:0:auto", "llama:0:64", "llama:0:64#again", "llama:1:auto", "llama:3:120")
 SOFT = ("t5:1:auto:sampled", "t5:1:auto:answers", "t5:1:64:answers", "llama:1:auto:answers", "llama:0:auto:sampled")
-LORA = ("llama:0:auto:lora", "llama:3:64:lora", "t5:0:auto:lora")
-CHECKPOINTED = ("t5:0:64:checkpointed", "llama:0:64:checkpointed", "llama:3:64:checkpointed")
+LORA = ("llama:0:auto:lora", "llama:3:120:lora", "t5:0:auto:lora")
+CHECKPOINTED = ("t5:0:64:checkpointed", "llama:0:64:checkpointed", "llama:3:120:checkpointed")
 LIVE = ("llama:0:auto:live", "llama:0:64:live", "t5:0:auto:live")
 
 
@@ -42,9 +42,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Logs:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Logs:
-    runs = ("t5:0:64", "t5:1:auto", "t5:2:20", "t5:3:64", "llama:0:64", "llama:1:20", "llama:2:auto", "llama:3:64")
+    runs = ("t5:0:64", "t5:1:auto", "t5:2:20", "t5:3:120", "llama:0:64", "llama:1:20", "llama:2:auto", "llama:3:120")
     soft = ("t5:1:64:sampled", "t5:2:auto:answers", "llama:1:20:answers", "llama:0:64:sampled")
-    lora = ("llama:0:64:lora", "llama:3:auto:lora", "t5:0:auto:lora", "t5:3:64:lora")
+    lora = ("llama:0:64:lora", "llama:3:auto:lora", "t5:0:auto:lora")
     return drive(tmp_path_factory.mktemp("two"), 2, *runs, *soft, *lora, "llama:0:64:live", "llama:3:auto:live", "t5:1:64:live")
 
 
@@ -86,12 +86,14 @@ def test_one_seed_gives_the_same_losses_twice_to_the_last_bit(one: Logs, run: st
     assert without_speed(one[run]) == without_speed(one[f"{run}#again"])
 
 
-@pytest.mark.parametrize("other", ["t5:0:auto", "t5:0:64", "t5:2:64", "t5:3:auto", "llama:0:auto", "llama:0:64", "llama:3:64"])
+@pytest.mark.parametrize("other", ["t5:0:auto", "t5:0:64", "t5:2:64", "t5:3:auto", "llama:0:auto", "llama:0:64", "llama:3:120"])
 def test_zero_stages_and_micro_batches_agree_in_one_process(one: Logs, other: str) -> None:
     assert_same_training(one[other], one[f"{other.partition(':')[0]}:1:auto"])
 
 
-@pytest.mark.parametrize("other", ["t5:0:64", "t5:1:auto", "t5:2:20", "t5:3:64", "llama:0:64", "llama:1:20", "llama:2:auto", "llama:3:64"])
+@pytest.mark.parametrize(
+    "other", ["t5:0:64", "t5:1:auto", "t5:2:20", "t5:3:120", "llama:0:64", "llama:1:20", "llama:2:auto", "llama:3:120"]
+)
 def test_two_processes_with_unequal_token_counts_give_the_losses_of_one(one: Logs, two: Logs, other: str) -> None:
     assert_same_training(two[other], one[f"{other.partition(':')[0]}:1:auto"])
 
@@ -120,17 +122,16 @@ def test_micro_batches_of_answers_and_of_a_live_teacher_agree_in_one_process(one
 
 
 def test_adapters_agree_under_zero_0_and_3_in_one_process_and_in_two(one: Logs, two: Logs) -> None:
-    for logs, run in ((one, "llama:3:64:lora"), (two, "llama:0:64:lora"), (two, "llama:3:auto:lora")):
+    for logs, run in ((one, "llama:3:120:lora"), (two, "llama:0:64:lora"), (two, "llama:3:auto:lora")):
         assert_same_training(logs[run], one["llama:0:auto:lora"])
-    for run in ("t5:0:auto:lora", "t5:3:64:lora"):
-        assert_same_training(two[run], one["t5:0:auto:lora"])
+    assert_same_training(two["t5:0:auto:lora"], one["t5:0:auto:lora"])
     for family in ("llama", "t5"):
         adapted, plain = (numbers(one[f"{family}:0:auto{way}"], "loss") for way in (":lora", ""))
         assert adapted[0] == pytest.approx(plain[0], abs=1e-6), "adapters change nothing before the first step"
         assert abs(adapted[-1] - plain[-1]) > 1e-3
 
 
-@pytest.mark.parametrize("run", ["t5:0:64", "llama:0:64", "llama:3:64"])
+@pytest.mark.parametrize("run", ["t5:0:64", "llama:0:64", "llama:3:120"])
 def test_activations_computed_again_change_nothing(one: Logs, run: str) -> None:
     assert_same_training(one[f"{run}:checkpointed"], one[run])
     if run.startswith("llama"):

@@ -110,7 +110,8 @@ def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
     if not world.is_main:
         return []
     weights = sum(
-        float(p.double().abs().sum()) for p in load_model(str(folder / "model"), tokenizer, seed=0, dtype=torch.float32).parameters()
+        float(p.detach().double().abs().sum())
+        for p in load_model(str(folder / "model"), tokenizer, seed=0, dtype=torch.float32).parameters()
     )
     return [*read_log(folder / "log.jsonl"), {"step": 10**6, "weights": weights, "best_step": made.best_step}]
 
