@@ -27,7 +27,7 @@ def write_rows(path: Path, count: int, seed: int) -> None:
             file.write(json.dumps({**row, "rationale": f"A {animal} likes {food}."}) + "\n")
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("t5", marks=pytest.mark.slow), "llama"])  # the quickstart runs a t5
 def test_int8_answers_as_fp32_does_on_98_of_100_items(family: str, tmp_path: Path, start: Start) -> None:
     write_rows(tmp_path / "train.jsonl", 400, 1)
     write_rows(tmp_path / "test.jsonl", 150, 2)

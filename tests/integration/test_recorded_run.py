@@ -36,6 +36,7 @@ def accuracies(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return {r["measured"]["rung"]: (r["measured"]["num_correct"], r["measured"]["num_items"]) for r in report["rungs"]}
 
 
+@pytest.mark.slow
 def test_svamp_runs_from_recorded_rationales_to_a_report(shared_data: Path, tmp_path: Path, start: Start) -> None:
     data = (f"task.train={shared_data}/svamp_train.jsonl.xz", f"task.test={shared_data}/svamp_test.jsonl.xz")
     small = ("student.model.d_model=32", "student.model.layers=1", "student.model.heads=2", "student.model.d_ff=64")
