@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,8 +138,14 @@ def test_an_offline_run_can_be_read_back_from_disk(tmp_path: Path) -> None:
         tracker.log(1, {"validation_loss": 0.75})
         tracker.summary({"best_step": 1})
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    wanted = (b"validation_loss", b"0.75", b"best_step", b"learning_rate", b"svamp/train", b"a-project")
+    # W&B's own process writes the file, on a busy machine a moment after the run has ended.
+    for _ in range(300):
+        if all(text in run.read_bytes() for text in wanted):
+            break
+        time.sleep(0.1)
     content = run.read_bytes()
-    for text in (b"validation_loss", b"0.75", b"best_step", b"learning_rate", b"svamp/train", b"a-project"):
+    for text in wanted:
         assert text in content
     assert len(read_log(tmp_path / LOG_FILE)) == 2
 
