@@ -199,8 +199,7 @@ def train(
                     keeper.settle(best.step)
                     meter.restart()
                 if stopping and not ended and step < run.num_steps:
-                    kept = "the state is saved" if run.resumable else "it begins anew"
-                    raise Stopped(f"{run.title}: stopped by a signal after step {step} of {run.num_steps}; {kept}")
+                    raise _stopped(run, step)
         tracker.summary({"best_step": best.step, "validation_exact_match": best.exact_match, "validation_loss": best.loss})
     return Trained(step, best, earlier + time.monotonic() - started)
 
@@ -314,6 +313,11 @@ def _flush(meter: Meter, tracker: Tracker, progress: StageProgress, best: Best, 
     told = f"loss {lines[-1][1]['loss']:.3f}"
     progress.advance(len(lines), f"{told}  best validation {best.exact_match:.1%}" if best.step else told)
     return stopping
+
+
+def _stopped(run: TrainingRun, step: int) -> Stopped:
+    kept = "the state is saved" if run.resumable else "it begins anew"
+    return Stopped(f"{run.title}: stopped by a signal after step {step} of {run.num_steps}; {kept}")
 
 
 def _has_waited(best: Best, config: TrainingConfig) -> bool:

@@ -125,7 +125,7 @@ def attend(
     """
     if varlen_starts is None:
         raise UnsupportedAttention("the model does not hand keyword arguments on to its attention")
-    _refuse(module, key, value, options, varlen_longest)
+    refuse(module, key, value, options, varlen_longest)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
     if varlen_side_by_side is None or varlen_joined is None:
         found = torch.ops.aten._flash_attention_forward(
@@ -152,7 +152,19 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, side_by_side: Tensor, joined: Tensor
     return found.transpose(1, 2).flatten(0, 1)[joined]
 
 
-def _refuse(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, Any], longest: int) -> None:
+def refuse(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, Any], longest: int) -> None:
+    """Refuses a layer whose tokens do not each see all of their sequence up to themselves, or that changes scores in another way.
+
+    Args:
+        module: the layer.
+        key: of any shape.
+        value: of the same shape.
+        options: what the layer asks for by keyword.
+        longest: tokens that one may have to see.
+
+    Raises:
+        UnsupportedAttention: for a window, a soft cap, sinks, or an attention that is not causal.
+    """
     window = options.get("sliding_window")
     if window is not None and window < longest:
         raise UnsupportedAttention(f"a layer sees a window of {window} tokens only")

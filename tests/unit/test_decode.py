@@ -14,12 +14,13 @@ from train.engine import InferenceModel, place_for_inference
 from train.models import load_model
 from train.teacher import decode, generate, trial
 from train.teacher import slots as slots_room
-from train.teacher.attention import KeyValueCache, OneEach, UnsupportedAttention, attend, attending
+from train.teacher.attention import KeyValueCache, OneEach, attend, attending
 from train.teacher.decode import LoopWriter, _shared_prefix, token_bytes
 from train.teacher.generate import Decoding, PlainWriter, open_writer
 from train.teacher.trial import reason_against
 from train.teacher.writing import Request, Sampling, Written
 from train.tokenization import text_format, train_tokenizer
+from train.varlen import UnsupportedAttention
 from train.world import World
 
 WORDS = ["one two three", "four five six", "seven eight nine ten"]

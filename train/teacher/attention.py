@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from train.varlen import refuse
+
 NAME = "stepdown_joined"
 
 
@@ -90,10 +92,6 @@ class OneEach:
     """[B] int32."""
 
 
-class UnsupportedAttention(Exception):
-    """A layer asks for something that this attention does not do."""
-
-
 @dataclass(slots=True)
 class _Active:
     cache: KeyValueCache
@@ -142,7 +140,7 @@ def attend(
         UnsupportedAttention: for a window, a soft cap, sinks, or an attention that is not causal.
     """
     assert _active is not None, "attention outside of attending()"
-    _refuse(module, key, value, options, _active)
+    refuse(module, key, value, options, _sees(_active))
     layer = _active.cache.layer(int(module.layer_idx), key)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D]
@@ -151,16 +149,9 @@ def attend(
     return output[None], None
 
 
-def _refuse(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, Any], active: _Active) -> None:
-    window = options.get("sliding_window")
+def _sees(active: _Active) -> int:
     longest = active.batch.longest if isinstance(active.batch, Joined) else 1
-    if window is not None and window < active.cache.prefix + max(active.cache.capacity, longest):
-        raise UnsupportedAttention(f"a layer sees a window of {window} tokens only")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise UnsupportedAttention(f"a layer asks for {name}")
-    if not getattr(module, "is_causal", True) or key.shape != value.shape:
-        raise UnsupportedAttention("a layer's attention is not causal, or its keys and values differ in width")
+    return active.cache.prefix + max(active.cache.capacity, longest)
 
 
 def _one_each(query: Tensor, key: Tensor, value: Tensor, layer: Layer, batch: OneEach, scale: float) -> Tensor:

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from data.prompts import TextFormat
 from train.engine import InferenceModel
 from train.runtimes import pad
-from train.teacher.attention import Joined, KeyValueCache, Layer, UnsupportedAttention, attending
+from train.teacher.attention import Joined, KeyValueCache, Layer, attending
+from train.varlen import UnsupportedAttention
 
 _MIN_PREFIX = 16
 """Tokens that contexts must share for a forward of their own to pay."""

@@ -6,8 +6,9 @@ import torch
 from torch import distributed
 
 from train.engine import InferenceModel
-from train.teacher.attention import Joined, KeyValueCache, OneEach, UnsupportedAttention, attending
+from train.teacher.attention import Joined, KeyValueCache, OneEach, attending
 from train.teacher.slots import ints
+from train.varlen import UnsupportedAttention
 
 
 @torch.no_grad()
