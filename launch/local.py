@@ -261,8 +261,9 @@ def made(artifact: Any) -> str:
         agreeing = artifact.agreeing["train"] / max(1, artifact.rows["train"])
         return f"{sum(artifact.rows.values()):,} records, {agreeing:.1%} of the training labels agree with gold"
     if isinstance(artifact, Checkpoint):
-        validation = f"validation {artifact.validation['exact_match']:.1%} at step {artifact.best_step} of {artifact.steps}"
-        return f"{artifact.num_parameters:,} parameters, {validation}"
+        found = artifact.validation
+        reached = f"{found['exact_match']:.1%}" if "exact_match" in found else f"loss {found['loss']:.3f}"
+        return f"{artifact.num_parameters:,} parameters, validation {reached} at step {artifact.best_step} of {artifact.steps}"
     if isinstance(artifact, DeployedModel):
         return f"{artifact.weight_bytes:,} bytes, {artifact.weight_bytes / artifact.source_weight_bytes:.1%} of the fp32 file"
     assert isinstance(artifact, EvalResult)

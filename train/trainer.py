@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from train.world import World
 
 OpenTracker = Callable[[int], Tracker]
 """Opens the tracker of a training that goes on after this step."""
+Criterion = Literal["exact_match", "loss"]
 _AUTO_TOKENS = 16384
 
 
@@ -59,6 +61,8 @@ class TrainingRun:
     """Ids of the tokenizer, over which soft labels are compared."""
     resumable: bool = True
     """Save the state to go on from; a run that is over within a minute is sooner begun anew."""
+    criterion: Criterion = "exact_match"
+    """What the best model has most of, or least: exact matches mean little where a target is a whole solution."""
 
     @property
     def order(self) -> Order:
@@ -108,9 +112,15 @@ class Best:
     waited: int = 0
     """Validations since, none of them better."""
 
-    def improved_by(self, found: Mapping[str, float]) -> bool:
-        """More exact matches, or as many at a lower loss."""
+    def improved_by(self, found: Mapping[str, float], criterion: Criterion) -> bool:
+        """A lower loss; or more exact matches, or as many at a lower loss. The first is better than none."""
+        if criterion == "loss":
+            return self.step == 0 or found["loss"] < self.loss
         return (-found["exact_match"], found["loss"]) < (-self.exact_match, self.loss)
+
+    def figures(self, criterion: Criterion) -> dict[str, float]:
+        """Those of the validation that say something."""
+        return {"loss": self.loss} if criterion == "loss" else {"exact_match": self.exact_match, "loss": self.loss}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +198,7 @@ def train(
             validates = step % validate_every == 0 or step == run.num_steps
             saves = run.resumable and (step % save_every == 0 or step == run.num_steps)
             if engine.zero_stage or validates or saves or step % config.log_every == 0:
-                stopping = _flush(meter, tracker, progress, best, signal.asked)
+                stopping = _flush(meter, run, tracker, progress, best, signal.asked)
                 if validates:
                     best = _validated(engine, batches, run, tracker, step, best, keeper)
                     meter.restart()
@@ -200,7 +210,7 @@ def train(
                     meter.restart()
                 if stopping and not ended and step < run.num_steps:
                     raise _stopped(run, step)
-        tracker.summary({"best_step": best.step, "validation_exact_match": best.exact_match, "validation_loss": best.loss})
+        tracker.summary({"best_step": best.step, **_logged(best, run)})
     return Trained(step, best, earlier + time.monotonic() - started)
 
 
@@ -243,7 +253,7 @@ def train_checkpoint(
         weight_bytes=sum(path.stat().st_size for path in (run.folder / "model").glob("*.safetensors")),
         steps=trained.steps,
         best_step=trained.best.step,
-        validation={"exact_match": trained.best.exact_match, "loss": trained.best.loss},
+        validation=trained.best.figures(run.criterion),
         counts=dict(counts),
         max_input_tokens=run.text_format.max_input_tokens,
         max_label_tokens=run.text_format.max_label_tokens,
@@ -294,24 +304,30 @@ def validate(engine: TrainEngine, batches: _Batches, rows: Sequence[TrainRow]) -
 
 def _validated(engine: TrainEngine, batches: _Batches, run: TrainingRun, tracker: Tracker, step: int, best: Best, keeper: Keeper) -> Best:
     found = validate(engine, batches, run.validation)
-    tracker.log(step, {f"validation_{name}": value for name, value in found.items()})
-    if not best.improved_by(found):
+    now = Best(step, found["exact_match"], found["loss"])
+    tracker.log(step, _logged(now, run))
+    if not best.improved_by(found, run.criterion):
         return replace(best, waited=best.waited + 1)
 
     def gather() -> dict[str, Tensor]:
         return {name.removeprefix("model."): value for name, value in engine.gather_weights().items()}
 
     keeper.keep(step, gather)
-    return Best(step, found["exact_match"], found["loss"])
+    return now
 
 
-def _flush(meter: Meter, tracker: Tracker, progress: StageProgress, best: Best, asked: str | None) -> bool:
+def _logged(best: Best, run: TrainingRun) -> dict[str, float]:
+    return {f"validation_{name}": value for name, value in best.figures(run.criterion).items()}
+
+
+def _flush(meter: Meter, run: TrainingRun, tracker: Tracker, progress: StageProgress, best: Best, asked: str | None) -> bool:
     """Writes what the meter holds; whether any process was asked to stop."""
     lines, stopping = meter.flush(asked is not None)
     for step, values in lines:
         tracker.log(step, values)
     told = f"loss {lines[-1][1]['loss']:.3f}"
-    progress.advance(len(lines), f"{told}  best validation {best.exact_match:.1%}" if best.step else told)
+    reached = f"loss {best.loss:.3f}" if run.criterion == "loss" else f"{best.exact_match:.1%}"
+    progress.advance(len(lines), f"{told}  best validation {reached}" if best.step else told)
     return stopping
 
 

@@ -23,7 +23,7 @@ from train.learner import Learner, LiveTeacher, tensors_of
 from train.losses import Divergence
 from train.meter import Meter
 from train.throughput import Arithmetic
-from train.trainer import Best, TrainingRun
+from train.trainer import Best, Criterion, TrainingRun
 from train.world import World
 
 FORM = TextFormat("decoder_only", eos_id=1, pad_id=0, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=16)
@@ -45,12 +45,20 @@ def test_steps_are_counted_by_whole_batches(num_rows: int, epochs: float, steps:
     [(0.6, 9.0, True), (0.5, 0.9, True), (0.5, 1.0, False), (0.5, 1.1, False), (0.4, 0.1, False), (0.5, math.nan, False)],
 )
 def test_the_best_has_most_matches_then_the_least_loss(exact_match: float, loss: float, improved: bool) -> None:
-    assert Best(3, 0.5, 1.0).improved_by({"exact_match": exact_match, "loss": loss}) is improved
+    assert Best(3, 0.5, 1.0).improved_by({"exact_match": exact_match, "loss": loss}, "exact_match") is improved
 
 
+@pytest.mark.parametrize("criterion", ["exact_match", "loss"])
 @pytest.mark.parametrize("loss", [3.0, math.inf, math.nan])
-def test_the_first_validation_always_improves_on_nothing(loss: float) -> None:
-    assert Best().improved_by({"exact_match": 0.0, "loss": loss})
+def test_the_first_validation_always_improves_on_nothing(loss: float, criterion: Criterion) -> None:
+    assert Best().improved_by({"exact_match": 0.0, "loss": loss}, criterion)
+
+
+@pytest.mark.parametrize(("loss", "improved"), [(0.9, True), (1.0, False), (1.1, False), (math.nan, False)])
+def test_by_the_loss_exact_matches_do_not_count(loss: float, improved: bool) -> None:
+    best = Best(3, 0.5, 1.0)
+    assert [best.improved_by({"exact_match": exact, "loss": loss}, "loss") for exact in (0.1, 0.9)] == [improved, improved]
+    assert best.figures("loss") == {"loss": 1.0}
 
 
 # The meter

@@ -19,7 +19,7 @@ from train.world import World
 
 
 def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: int, open_tracker: OpenTracker) -> Checkpoint:
-    """Tunes the teacher; its checkpoint is what the teacher's stage writes with.
+    """Tunes the teacher; its checkpoint, that of the least validation loss, is what the teacher's stage writes with.
 
     Args:
         config: the teacher, with `tune`.
@@ -49,7 +49,7 @@ def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: 
     builder = RowBuilder(form, encoder(tokenizer))
     rows = builder.solution_rows(task.train)
     validation = RowBuilder(form, encoder(tokenizer)).solution_rows(task.validation)
-    # A solution is one target, so its loss is one mean: the label's.
+    # A solution is one target, so its loss is one mean: the label's. That the whole of it comes out word for word is rare luck.
     loss = LossConfig(label=1.0, rationale=0.0)
-    training = TrainingRun(rows, validation, form, config.tune, loss, seed, folder, "tune the teacher")
+    training = TrainingRun(rows, validation, form, config.tune, loss, seed, folder, "tune the teacher", criterion="loss")
     return train_checkpoint(model, tokenizer, training, world, open_tracker, builder.counts)
