@@ -1,13 +1,15 @@
-"""How much each input of a model's linear layers carries: what tells which neurons and heads a smaller model can do without."""
+"""What each layer, and each input of a linear layer, does on samples: what tells which of them a smaller model can do without."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 Sample = tuple[Sequence[int], Sequence[int]]
@@ -26,9 +28,57 @@ def measure(model: PreTrainedModel, samples: Sequence[Sample]) -> Activity:
         model: left as it was.
         samples: token ids; at least one.
     """
-    sums: dict[nn.Module, Tensor] = {}
-    tokens: dict[nn.Module, int] = {}
-    hooks = [module.register_forward_pre_hook(partial(_add, sums, tokens)) for module in model.modules() if isinstance(module, nn.Linear)]
+    means: dict[nn.Module, _Mean] = defaultdict(_Mean)
+
+    def add(module: nn.Module, arguments: tuple[Tensor]) -> None:
+        means[module].add(arguments[0].flatten(end_dim=-2).float().square())
+
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    _run(model, samples, [module.register_forward_pre_hook(add) for module in linear])
+    return {module: mean.value for module, mean in means.items()}
+
+
+@torch.no_grad()
+def influences(model: PreTrainedModel, layers: Sequence[nn.Module], samples: Sequence[Sample]) -> list[float]:
+    """How much each layer turns its input: 1 - the cosine similarity of what goes in and what comes out, the mean over the tokens.
+
+    Args:
+        model: left as it was.
+        layers: of its stacks; each takes the residual stream first and gives it first.
+        samples: token ids; at least one.
+
+    Source:
+        Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect, arXiv 2403.03853, equation 1.
+    """
+    means: dict[nn.Module, _Mean] = defaultdict(_Mean)
+
+    def add(module: nn.Module, arguments: tuple[Tensor, ...], named: Mapping[str, Any], result: Tensor | tuple[Tensor, ...]) -> None:
+        before = arguments[0] if arguments else named["hidden_states"]
+        after = result if isinstance(result, Tensor) else result[0]
+        means[module].add(1 - functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten())
+
+    _run(model, samples, [layer.register_forward_hook(add, with_kwargs=True) for layer in layers])
+    return [float(means[layer].value) for layer in layers]
+
+
+class _Mean:
+    """Of rows that come a few at a time, along the first dimension."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, rows: Tensor) -> None:
+        self._sum = self._sum + rows.sum(dim=0)
+        self._count += len(rows)
+
+    @property
+    def value(self) -> Tensor:
+        assert isinstance(self._sum, Tensor), "nothing was added"
+        return self._sum / self._count
+
+
+def _run(model: PreTrainedModel, samples: Sequence[Sample], hooks: Sequence[RemovableHandle]) -> None:
     training = model.training
     model.eval()
     try:
@@ -38,13 +88,6 @@ def measure(model: PreTrainedModel, samples: Sequence[Sample]) -> Activity:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return {module: total / tokens[module] for module, total in sums.items()}
-
-
-def _add(sums: dict[nn.Module, Tensor], tokens: dict[nn.Module, int], module: nn.Module, arguments: tuple[Tensor]) -> None:
-    rows = arguments[0].flatten(end_dim=-2).float()
-    sums[module] = sums.get(module, 0) + rows.square().sum(dim=0)
-    tokens[module] = tokens.get(module, 0) + len(rows)
 
 
 def _arguments(model: PreTrainedModel, inputs: Sequence[int], targets: Sequence[int]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class CutModel(Section):
     cut_from: Literal["teacher"] = Field(description="The model the layers come from.")
     layers: int | list[int] | None = Field(
         None,
-        description="A number: that many layers, evenly spaced, first and last kept; a list: these layers (0 is the first). "
+        description="A number: that many layers, the first and those that turn their input most; a list: these layers (0 is the first). "
         "For t5: of each stack. All where left out.",
     )
     neurons: int | None = Field(

@@ -81,7 +81,7 @@ def load_model(
         dtype: of the weights.
         teacher_folder: the teacher's folder (or its name); read for a cut student only.
         key: the configuration key of the model, for messages.
-        samples: token ids of the task's texts, by which a cut student's neurons and heads are chosen; random ones where None.
+        samples: token ids of the task's texts, by which it is chosen what a cut student keeps; random ones where None.
 
     Raises:
         ValueError: if the name means nothing, a folder lacks weights or configuration, or what is to be kept of a teacher does not exist.

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,9 +27,9 @@ from transformers import (
 )
 
 from train import models
-from train.activity import column_scores, measure, random_samples
+from train.activity import column_scores, influences, measure, random_samples
 from train.config import CutModel, ScratchModel
-from train.cutting import cut, cut_layers, evenly_spaced
+from train.cutting import cut, cut_layers
 from train.heads import group_scores
 from train.slicing import largest
 from train.tokenization import train_tokenizer
@@ -41,6 +38,7 @@ T5 = ScratchModel(from_scratch="t5", d_model=16, layers=4, heads=2, d_ff=24, voc
 LLAMA = ScratchModel(from_scratch="llama", d_model=16, layers=4, heads=2, d_ff=24, vocabulary=300)
 WORDS = [f"{a}{b}{c}{d}" for a in "klmnprst" for b in "aeiou" for c in "klmnprst" for d in "aeiou"] * 2
 TOKENIZER = train_tokenizer(WORDS, 300)
+SAMPLES = [([5, 40, 17, 26], [33, 1])]
 BOTH = pytest.mark.parametrize("scratch", [T5, LLAMA], ids=["t5", "llama"])
 
 
@@ -82,20 +80,36 @@ def plain(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 # Depth
 
 
-def test_evenly_spaced_layers_keep_the_first_and_the_last() -> None:
-    assert evenly_spaced(4, 12) == [0, 4, 7, 11]
-    assert evenly_spaced(3, 4) == [0, 2, 3]
-    assert (evenly_spaced(1, 6), evenly_spaced(2, 6), evenly_spaced(6, 6)) == ([0], [0, 5], [0, 1, 2, 3, 4, 5])
+@torch.no_grad()
+def test_influence_is_how_far_a_layer_turns_the_residual_stream() -> None:
+    model, samples = build(LLAMA).train(), [([5, 90, 17, 260], [33, 1]), ([44, 60], [7])]
+    found = influences(model, list(model.model.layers), samples)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    cosines: list[list[torch.Tensor]] = [[] for _ in found]
+    for inputs, targets in samples:
+        ids, places = torch.tensor([[*inputs, *targets]]), torch.arange(len(inputs) + len(targets))[None]
+        stream = model.model.embed_tokens(ids)
+        for layer, seen in zip(model.model.layers, cosines, strict=True):
+            turned = layer(stream, position_ids=places, position_embeddings=model.model.rotary_emb(stream, places))
+            seen.append(nn.functional.cosine_similarity(stream, turned, dim=-1)[0])
+            stream = turned
+    assert found == pytest.approx([1 - torch.cat(seen).mean().item() for seen in cosines], rel=1e-4)
 
 
-@given(st.integers(2, 60).flatmap(lambda total: st.tuples(st.integers(2, total), st.just(total))))
-def test_evenly_spaced_layers_are_distinct_and_apart_by_almost_the_same(numbers: tuple[int, int]) -> None:
-    layers = evenly_spaced(*numbers)
-    steps = {later - earlier for earlier, later in pairwise(layers)}
-    assert len(layers) == numbers[0]
-    assert (layers[0], layers[-1]) == (0, numbers[1] - 1)
-    assert min(steps) >= 1
-    assert max(steps) - min(steps) <= 1
+@BOTH
+def test_the_first_layer_stays_and_those_that_do_most(scratch: ScratchModel) -> None:
+    model = build(scratch)
+    stacks = [model.encoder.block, model.decoder.block] if scratch is T5 else [model.model.layers]
+    with torch.no_grad():
+        for stack in stacks:
+            for name, weight in [pair for index in (0, 2) for pair in stack[index].named_parameters()]:
+                if any(part in name for part in ("o_proj", "down_proj", "wo", ".o.")):
+                    weight.zero_()  # what comes in goes out, in the first layer and in the third
+    whole = [list(stack) for stack in stacks]
+    cut_layers(model, 3, "student.model", SAMPLES)
+    kept = [model.encoder.block, model.decoder.block] if scratch is T5 else [model.model.layers]
+    assert [[layers.index(layer) for layer in stack] for layers, stack in zip(whole, kept, strict=True)] == [[0, 1, 3]] * len(stacks)
 
 
 @BOTH
@@ -139,7 +153,7 @@ def test_a_t5_with_stacks_of_unequal_depth_is_cut_in_each() -> None:
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=5, num_decoder_layers=3, num_heads=2, decoder_start_token_id=0)
     )
-    cut_layers(model, 2, "student.model")
+    cut_layers(model, 2, "student.model", SAMPLES)
     assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 2)
     assert (len(model.encoder.block), len(model.decoder.block), model.decoder.config.num_layers) == (2, 2, 2)
 
@@ -158,7 +172,7 @@ def test_what_a_configuration_says_of_each_layer_is_cut_too(tmp_path: Path) -> N
         layer_types=kinds,
     )
     model = Qwen2ForCausalLM(config).eval()
-    cut_layers(model, [1, 2], "student.model")
+    cut_layers(model, [1, 2], "student.model", SAMPLES)
     loaded = plain(model, tmp_path)
     assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
     assert torch.equal(logits(loaded), logits(model))
@@ -166,7 +180,7 @@ def test_what_a_configuration_says_of_each_layer_is_cut_too(tmp_path: Path) -> N
 
 def test_a_gpt2_is_cut_under_its_own_names(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=3, n_head=2, n_positions=32)).eval()
-    cut_layers(model, 2, "student.model")
+    cut_layers(model, 2, "student.model", SAMPLES)
     assert torch.equal(logits(plain(model, tmp_path)), logits(model))
     assert json.loads((tmp_path / "config.json").read_text())["n_layer"] == 2
 
@@ -193,11 +207,11 @@ def test_a_teacher_whose_layers_cannot_be_found_is_refused() -> None:
     llama = build(LLAMA)
     llama.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match="teacher of type llama, whose layers are not one list"):
-        cut_layers(llama, 2, "student.model")
+        cut_layers(llama, 2, "student.model", SAMPLES)
     t5 = build(T5)
     del t5.encoder.block
     with pytest.raises(ValueError, match="teacher of type t5, but of the encoder-decoders only a T5 can be cut"):
-        cut_layers(t5, 2, "student.model")
+        cut_layers(t5, 2, "student.model", SAMPLES)
 
 
 # Width: what is chosen

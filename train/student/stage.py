@@ -88,7 +88,7 @@ def load_student(config: StudentConfig, inputs: StudentInputs, tokenizer: PreTra
 
     Args:
         config: its source.
-        inputs: its teacher, and the task by whose inputs it is chosen which neurons and heads of the teacher a cut student keeps.
+        inputs: its teacher, and the task by whose inputs it is chosen what of its teacher a cut student keeps.
         tokenizer: its own.
         seed: of the weights of a model from scratch.
 
@@ -96,7 +96,7 @@ def load_student(config: StudentConfig, inputs: StudentInputs, tokenizer: PreTra
         ValueError: see `train.models.load_model`.
     """
     source, samples = config.model, None
-    if isinstance(source, CutModel) and (source.neurons or source.heads):
+    if isinstance(source, CutModel):
         assert inputs.teacher is not None, "the configuration asks for a cut student of a live teacher only"
         builder = RowBuilder(student_format(config, tokenizer, family_of(skeleton(inputs.teacher, "teacher.model"))), encoder(tokenizer))
         rows = builder.student_rows(
