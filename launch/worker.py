@@ -26,6 +26,7 @@ from train.signals import STOPPED, Stopped
 from train.tracking import Tracker
 
 if TYPE_CHECKING:
+    from data.records import TeacherRecord
     from train.student.stage import StudentInputs
     from train.teacher.live import Layout
     from train.world import World
@@ -161,13 +162,13 @@ def student_inputs(config: Config, table: Mapping[str, Stage], task: Task) -> St
     assert teacher is None or isinstance(teacher, str)
     server = config.teacher.endpoint
     served = server.tokenizer if server is not None else None
-    rationales = {}
+    written: dict[str, TeacherRecord] = {}
     if config.teacher.source == "recorded":
         # The store holds records of training and test rows. Validation rows can hold what the teacher wrote about them, but need not.
         with suppress(ValueError):
             recorded = records(config.teacher, task.validation, "validation", config.task.metric, config.task.choices)
-            rationales = {record.id: record.rationale for record in recorded}
-    return StudentInputs(task, table[TEACH].folder, config.teacher.rationales, teacher, served, rationales)
+            written = {record.id: record for record in recorded}
+    return StudentInputs(task, table[TEACH].folder, config.teacher.rationales, teacher, served, written)
 
 
 def _tracker(stage: Stage, config: Config, world: World) -> Callable[[int], Tracker]:

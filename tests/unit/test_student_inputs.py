@@ -48,20 +48,21 @@ def inputs(made: Config, task: Task) -> StudentInputs:
 
 
 def test_a_recorded_teacher_has_written_about_validation_rows_too(task: Task) -> None:
-    found = inputs(config(), task).validation_rationales
-    assert found == {example.id: f"So: {example.fields['rationale']}" for example in task.validation}
+    found = inputs(config(), task).validation_records
+    written = {id: record.rationale for id, record in found.items()}
+    assert written == {example.id: f"So: {example.fields['rationale']}" for example in task.validation}
     assert len(found) == 3
 
 
 def test_validation_rows_need_not_hold_what_the_teacher_wrote(task: Task) -> None:
     bare = [replace(example, fields={"question": "?"}) for example in task.validation]
-    assert inputs(config(), replace(task, validation=bare)).validation_rationales == {}
+    assert inputs(config(), replace(task, validation=bare)).validation_records == {}
 
 
 def test_the_teacher_is_the_tuned_one_where_there_is_one(task: Task) -> None:
     tuned = config(teacher={"source": "deepspeed", "model": SMALL, "tune": {}})
     folder = stages(tuned, TaskFiles("digest", {}, {}))["tune"].folder
-    assert (inputs(tuned, task).teacher, inputs(tuned, task).validation_rationales) == (str(folder / "model"), {})
+    assert (inputs(tuned, task).teacher, inputs(tuned, task).validation_records) == (str(folder / "model"), {})
     named = config(teacher={"source": "deepspeed", "model": "OWNER/large"})
     assert inputs(named, task).teacher == "OWNER/large"
     assert inputs(config(), task).teacher is None

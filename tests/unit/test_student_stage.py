@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.config import RationalesConfig
 from data.examples import TaskExample
@@ -52,6 +52,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 class Handed:
     """What the stage hands to the training loop."""
 
+    tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     run: TrainingRun
     counts: dict[str, int]
@@ -64,7 +65,7 @@ def train(monkeypatch: pytest.MonkeyPatch, config: StudentConfig, inputs: stage.
     def loop(
         model: Any, tokenizer: Any, run: TrainingRun, world: World, tracker: Any, counts: dict[str, int], live: LiveTeacher | None
     ) -> None:
-        handed.append(Handed(model, run, counts, live))
+        handed.append(Handed(tokenizer, model, run, counts, live))
 
     monkeypatch.setattr(stage, "read_records", lambda folder, split: records)
     monkeypatch.setattr(stage, "train_checkpoint", loop)
@@ -176,8 +177,31 @@ def recorded(**knobs: Any) -> stage.StudentInputs:
     return stage.StudentInputs(TASK, Path(), RationalesConfig.model_validate(knobs), None)
 
 
+def written(label: str, *, agrees: bool = True) -> TeacherRecord:
+    return TeacherRecord(EXAMPLES[0].id, "validation", "", "why", label, parseable=True, agrees=agrees)
+
+
+@pytest.mark.parametrize(
+    ("targets", "record", "expected"),
+    [
+        ("gold", written("0 + 0"), "gold"),
+        ("teacher", written("0 + 0"), "teacher"),
+        ("teacher", written("0 + 0", agrees=False), "gold"),
+        ("teacher", None, "gold"),
+    ],
+)
+def test_who_learns_the_teachers_labels_is_tried_by_its_words(
+    targets: str, record: TeacherRecord | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = replace(recorded(), validation_records={} if record is None else {EXAMPLES[0].id: record})
+    two_tasks = {**ONE_TASK, "single_task": False, "loss": LossConfig(), "targets": targets}
+    handed = train(monkeypatch, StudentConfig(**two_tasks), inputs, RECORDS)
+    found = [handed.tokenizer.decode(row.sequences[0].target_ids, skip_special_tokens=True).strip() for row in handed.run.validation]
+    assert found == [{"gold": EXAMPLES[0].label, "teacher": "0 + 0"}[expected], EXAMPLES[1].label]
+
+
 def test_a_single_task_student_solves(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = replace(recorded(), validation_rationales={EXAMPLES[0].id: "why"})
+    inputs = replace(recorded(), validation_records={EXAMPLES[0].id: written(EXAMPLES[0].label)})
     handed = train(monkeypatch, StudentConfig(**ONE_TASK), inputs, RECORDS)
     assert handed.run.text_format.part == "solve"
     assert [(len(row.sequences), row.sequences[0].given) for row in handed.run.rows] == [(1, 0)] * 6

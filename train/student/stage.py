@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.config import RationalesConfig
+from data.examples import TaskExample
 from data.prompts import TextFormat, vocabulary_texts
 from data.records import TeacherRecord
 from data.rows import RowBuilder, TrainRow, share_of, usable_examples
@@ -43,8 +44,8 @@ class StudentInputs:
     """The live teacher's model: folder of the tuned one, else its name (a server's own name of it, too); None for a recorded teacher."""
     served_tokenizer: str | None = None
     """Of a teacher behind a server: the tokenizer by whose ids its soft labels are stored (`teacher.endpoint.tokenizer`)."""
-    validation_rationales: Mapping[str, str] = field(default_factory=dict)
-    """What the teacher wrote about validation rows, by the example's id; read for a single-task student only."""
+    validation_records: Mapping[str, TeacherRecord] = field(default_factory=dict)
+    """What the teacher wrote about validation rows, by the example's id; a recorded teacher's only."""
 
 
 def run(
@@ -131,10 +132,11 @@ def prepare_rows(
 ) -> tuple[list[TrainRow], list[TrainRow], Mapping[str, int]]:
     """What one arm learns, what it is selected by, and what was done to the rows.
 
-    The validation rows are gold labels. A student of one task writes its rationale first, so that it would take a decoding of each row
-    to see which label it reaches. Its criterion is the label after a given rationale instead: the recorded teacher's or the task's own,
-    and where the validation rows have neither (no teacher writes about them) the label right after `Answer:`. Rationale and mark count
-    in neither figure. So its validation figures compare checkpoints and settings of this arm; those of other arms are of another task.
+    The validation rows are gold labels, in a recorded teacher's words where its labels are learned and mean the same. A student of one
+    task writes its rationale first, so that it would take a decoding of each row to see which label it reaches. Its criterion is the
+    label after a given rationale instead: the recorded teacher's or the task's own, and where the validation rows have neither (no
+    teacher writes about them) the label right after `Answer:`. Rationale and mark count in neither figure. So its validation figures
+    compare checkpoints and settings of this arm; those of other arms are of another task.
 
     Args:
         config: the student, as this arm trains it (`StudentConfig.of_arm`).
@@ -157,19 +159,26 @@ def prepare_rows(
     builder, trial = RowBuilder(form, encoder(tokenizer)), RowBuilder(form, encoder(tokenizer))
     available = usable_examples(inputs.task.train, records, inputs.rationales, config.targets)
     learnt = share_of(available, config.data_fraction, seed)
+    asked = [_as_taught(example, inputs.validation_records.get(example.id), config.targets) for example in inputs.task.validation]
     if config.single_task:
         rows = builder.single_task_rows(learnt, records, inputs.rationales, config.targets)
-        validation = trial.label_of_solution_rows(inputs.task.validation, inputs.validation_rationales)
+        rationales = {id: record.rationale for id, record in inputs.validation_records.items()}
+        validation = trial.label_of_solution_rows(asked, rationales)
     else:
         soft = loss.soft > 0 and not live
         rows = builder.student_rows(
             learnt, records, inputs.rationales, config.targets, with_rationales=loss.rationale > 0, with_soft_labels=soft
         )
-        validation = trial.student_rows(
-            inputs.task.validation, {}, RationalesConfig(), "gold", with_rationales=False, with_soft_labels=False
-        )
+        validation = trial.student_rows(asked, {}, RationalesConfig(), "gold", with_rationales=False, with_soft_labels=False)
     _check_rows(config, loss, builder.counts, records.values())
     return rows, validation, {"rows_available": len(available), **builder.counts}
+
+
+def _as_taught(example: TaskExample, record: TeacherRecord | None, targets: Literal["gold", "teacher"]) -> TaskExample:
+    """An example with its label as the student learns to write it: 10 / 2, say, where the gold one is ( 10.0 / 2.0 )."""
+    if targets == "gold" or record is None or record.label is None or not record.agrees:
+        return example
+    return replace(example, label=record.label)
 
 
 def live_teacher(inputs: StudentInputs, tokenizer: PreTrainedTokenizerBase, world: World) -> LiveTeacher:
