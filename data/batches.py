@@ -195,8 +195,7 @@ def rounded(batch: StudentBatch) -> StudentBatch:
         position_ids=torch.cat([batch.position_ids, positions], dim=1),
         starts=torch.cat([batch.starts, starts]),
         longest=max(batch.longest, _FILLING),
-        # Not one place again and again: the backward pass would add so many rows to one, one after the other.
-        at=torch.cat([batch.at, torch.arange(more_targets) % (num_tokens + more_tokens)]),
+        at=F.pad(batch.at, (0, more_targets)),
         targets=F.pad(batch.targets, (0, more_targets)),
         parts=F.pad(batch.parts, (0, more_targets)),
         weights=F.pad(batch.weights, (0, more_targets)),
