@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -181,6 +181,7 @@ def train(
         tracker = stack.enter_context(open_tracker(start))
         progress = stack.enter_context(StageProgress(run.title, run.num_steps, "steps", enabled=world.is_main))
         signal = stack.enter_context(catching())
+        stack.enter_context(_host_threads(world, config))
         if batches.packed:
             stack.enter_context(learner.packed())
         progress.advance(start)
@@ -338,6 +339,20 @@ def _stopped(run: TrainingRun, step: int) -> Stopped:
 
 def _has_waited(best: Best, config: TrainingConfig) -> bool:
     return config.patience is not None and best.waited >= config.patience
+
+
+@contextmanager
+def _host_threads(world: World, config: TrainingConfig) -> Iterator[None]:
+    """One thread for what torch does on the CPU beside a GPU: tensors of a batch, for which waking others takes longer than the work.
+
+    An optimizer that is offloaded works on the CPU with all of them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if world.device.type == "cuda" and not config.offload_optimizer else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _peak_flops(world: World, config: TrainingConfig) -> float | None:
