@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from train import zero_layout
 from train.checkpoints import ResumePoint, read_resume, replace_state
 from train.config import TrainingConfig
 from train.flat import FlatEngine
+from train.pruning.holding import HeldMasks
 from train.shards import Shard, fill, read_shards, set_updates, updates_of, write_shard
 from train.world import World
 
@@ -96,6 +97,14 @@ class TrainEngine(Protocol):
 
         Returns:
             Norm of the whole gradient before clipping, a scalar in fp32 on the device; not finite where nothing was updated.
+        """
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Prunes: what the masks leave out becomes zero, weights and moments, and stays so; `save` and `resume` keep the masks.
+
+        Args:
+            masks: bool, by name of a trained parameter, of its shape or one that broadcasts to it; True stays. The same on every process,
+                and every process must call it.
         """
 
     def gather_weights(self) -> dict[str, Tensor]:
@@ -192,6 +201,7 @@ class ShardedEngine:
         }
         with contextlib.redirect_stdout(None):  # what ZeRO 1 takes for bf16 prints the memory in use
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(model=module, optimizer=self._adam, config=config)
+        self._masks = HeldMasks(self._trained, world.device)
         if bf16:
             # DeepSpeed makes its fp32 masters from the weights it has rounded to bf16.
             fill(self._shard(), originals)
@@ -217,6 +227,11 @@ class ShardedEngine:
             for sums in (getattr(self._optimizer, name, {}) for name in ("averaged_gradients", "all_grad_tensors")):
                 sums.update(dict.fromkeys(sums))
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Prunes: what the masks leave out becomes zero, weights and moments, and stays so (`HeldMasks.hold`)."""
+        self._masks.hold(masks, self._shard())
+        zero_layout.refresh(self._optimizer, self.zero_stage)
 
     def gather_weights(self) -> dict[str, Tensor]:
         """All parameters (the fp32 masters of those trained) and buffers, whole, on the CPU of rank 0; an empty mapping elsewhere."""
@@ -256,6 +271,7 @@ class ShardedEngine:
                 error = caught
             self.world.agree(error)
             set_updates(self._adam, updates)
+            self._masks.read(folder / found.tag)
             zero_layout.refresh(self._optimizer, self.zero_stage)
         return found
 
@@ -267,6 +283,8 @@ class ShardedEngine:
         self.world.barrier()
         try:
             write_shard(folder, self._shard(), updates_of(self._adam), number=self.world.rank, of=self.world.size)
+            if self.world.is_main:
+                self._masks.write(folder)
         except (OSError, RuntimeError) as caught:
             error = caught
         self.world.agree(error)
@@ -277,6 +295,7 @@ class ShardedEngine:
     def release(self) -> None:
         """Takes DeepSpeed off the module, whose parameters are in fp32 again: under ZeRO 3 not a number until weights are loaded."""
         shapes = {p: p.ds_shape for p in self._attributes} if self.zero_stage == 3 else {}
+        self._masks.release()
         self._engine.destroy()
         for module in self.module.modules():
             module._parameters = module.__dict__.pop("_original_parameters", module._parameters)

@@ -7,7 +7,7 @@ one all-reduce where there are several processes, and it asks nothing of the dev
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from train.checkpoints import ResumePoint, read_resume, replace_state
+from train.pruning.holding import HeldMasks
 from train.shards import Piece, Shard, moments, read_shards, set_updates, updates_of, write_shard
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class FlatEngine:
                 groups.append({"params": [nn.Parameter(self._masters[where])], "weight_decay": decay})
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         self._halted = torch.zeros((), device=world.device)
+        self._masks = HeldMasks(dict(self._trained), world.device)
 
     def _lay_out(self) -> None:
         for (_, parameter), offset in zip(self._trained, self._offsets, strict=True):
@@ -195,6 +197,12 @@ class FlatEngine:
         if self.bf16:
             self._weights.copy_(self._masters)
 
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Prunes: what the masks leave out becomes zero, weights and moments, and stays so (`HeldMasks.hold`)."""
+        self._masks.hold(masks, self._shard())
+        if self.bf16:
+            self._weights.copy_(self._masters)
+
     def gather_weights(self) -> dict[str, Tensor]:
         """All parameters (the masters of those trained) and buffers in fp32 on the CPU, on rank 0; an empty mapping elsewhere."""
         if not self.world.is_main:
@@ -210,6 +218,7 @@ class FlatEngine:
 
     def release(self) -> None:
         """Gives the module its fp32 weights back, so that it can be used, or wrapped again, without this engine."""
+        self._masks.release()
         for (_, parameter), offset in zip(self._trained, self._offsets, strict=True):
             parameter.data = self._masters[offset : offset + parameter.numel()].view_as(parameter)
             parameter.grad = None
@@ -227,6 +236,7 @@ class FlatEngine:
         found = read_resume(folder)
         if found is not None:
             set_updates(self._optimizer, read_shards(folder / found.tag, self._shard()))
+            self._masks.read(folder / found.tag)
             if self.bf16:
                 self._weights.copy_(self._masters)
         return found
@@ -236,6 +246,7 @@ class FlatEngine:
         if self.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             write_shard(folder, self._shard(), updates_of(self._optimizer), number=0, of=1)
+            self._masks.write(folder)
 
     def _shard(self) -> Shard:
         leaves = [group["params"][0] for group in self._optimizer.param_groups]

@@ -148,3 +148,32 @@ def test_a_released_module_has_its_fp32_weights_and_can_be_wrapped_again() -> No
     again = engine(module, bf16=True)
     one_step(again, 0)
     assert torch.equal(again.gather_weights()["table.weight"], expected["table.weight"])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_pruned_stays_zero_and_its_moments_too(bf16: bool, tmp_path: Path) -> None:
+    flat = engine(model(), bf16=bf16)
+    for step in range(3):
+        one_step(flat, step)
+    mask = torch.rand(13, 5, generator=torch.Generator().manual_seed(0)) > 0.5
+    flat.hold({"table.weight": mask})
+    tighter = mask & (torch.arange(13) % 2 == 0)[:, None]
+    flat.save(tmp_path / "state", 3, {})
+    resumed = engine(model(), bf16=bf16)
+    resumed.resume(tmp_path / "state")
+    for held in (flat, resumed):
+        for step in range(3, 9):
+            one_step(held, step)
+            if step == 5:
+                held.hold({"table.weight": tighter})
+            out = ~(mask if step < 5 else tighter)
+            moments = [held._optimizer.state[held._optimizer.param_groups[0]["params"][0]][key] for key in ("exp_avg", "exp_avg_sq")]
+            for flat_values in (held._masters, held._weights, *moments):
+                values = flat_values[: 13 * 5].view(13, 5)
+                assert not values[out].any()
+                assert values[~out].all()
+    assert all(torch.equal(value, flat.gather_weights()[name]) for name, value in resumed.gather_weights().items())
+    flat.release()
+    if not bf16:  # without its engine the module learns everywhere again
+        loss(flat.module, 0).backward()
+        assert flat.module.table.weight.grad[~tighter].any()
