@@ -83,14 +83,16 @@ def _run(model: PreTrainedModel, samples: Sequence[Sample], hooks: Sequence[Remo
     model.eval()
     try:
         for inputs, targets in samples:
-            model(**_arguments(model, inputs, targets), use_cache=False)
+            model(**arguments_of(model, inputs, targets), use_cache=False)
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
 
 
-def _arguments(model: PreTrainedModel, inputs: Sequence[int], targets: Sequence[int]) -> dict[str, Any]:
+def arguments_of(model: PreTrainedModel, inputs: Sequence[int], targets: Sequence[int]) -> dict[str, Any]:
+    """What a forward reads of a sample: all of it in a row; an encoder-decoder its targets behind a start."""
+
     def row(ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=model.device)
 

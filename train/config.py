@@ -396,6 +396,74 @@ _IDLE_RATIONALES: dict[str, frozenset[str]] = {
 """Keys of `rationales` that do nothing with a source."""
 
 
+PruneMethod = Literal["magnitude", "wanda", "neuron", "neuron_taylor", "neuron_activity", "head", "layer"]
+_OF_WEIGHTS: tuple[PruneMethod, ...] = ("magnitude", "wanda")
+_OF_NEURONS: tuple[PruneMethod, ...] = ("neuron", "neuron_taylor", "neuron_activity")
+
+
+class PruneConfig(Section):
+    """What to take out of a model: single weights, which become 0, or neurons, heads and layers, which go for good."""
+
+    method: PruneMethod = Field(
+        "neuron",
+        description="magnitude: weights nearest to 0. wanda: the same times the size of their inputs, alike in each row. neuron: of the "
+        "feed-forward layers, by the norm of their weights; neuron_taylor by |gradient x weight|; neuron_activity by what they add on the "
+        "task's inputs. head: attention heads, whole groups that share keys and values. layer: those that turn their input least.",
+    )
+    fraction: float | None = Field(None, ge=0.0, lt=1.0, description="Share to take out; of layers and heads the nearest whole number.")
+    pattern: str | None = Field(
+        None, description="n:m, such as 2:4, in place of fraction: of every m weights in a row n stay (magnitude and wanda)."
+    )
+    scope: Literal["matrix", "global"] = Field(
+        "matrix", description="magnitude: the fraction of each matrix, or of all together, so that some lose more."
+    )
+    exclude: list[str] = Field(
+        default_factory=list,
+        description="magnitude and wanda: matrices to leave alone, by name with * for anything, such as *.layers.0.* or *.down_proj. "
+        "Embeddings, the head and norms are never touched.",
+    )
+    round_to: int = Field(1, ge=1, description="Neurons: keep a multiple of so many, which kernels like (64, 128).")
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """The pattern as numbers."""
+        if self.pattern is None:
+            return None
+        n, _, m = self.pattern.partition(":")
+        return int(n), int(m)
+
+    @property
+    def makes_zeros(self) -> bool:
+        """Weights become 0 and stay where they are; else the model gets smaller."""
+        return self.method in _OF_WEIGHTS
+
+    @model_validator(mode="after")
+    def _says_how_much(self) -> Self:
+        if (self.fraction is None) == (self.pattern is None):
+            both = "both fraction and pattern say" if self.fraction is not None else "neither fraction nor pattern says"
+            raise ValueError(f"{both} how much to take out: give one of them")
+        if self.pattern is not None:
+            found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+            if found is None or not 1 <= int(found[1]) < int(found[2]):
+                raise ValueError(f"pattern is {self.pattern!r}: write n:m with n below m, such as 2:4")
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        needed = {
+            "pattern": _OF_WEIGHTS,
+            "exclude": _OF_WEIGHTS,
+            "scope": ("magnitude",),
+            "round_to": _OF_NEURONS,
+        }
+        for key, methods in needed.items():
+            if key in self.model_fields_set and getattr(self, key) is not None and self.method not in methods:
+                raise ValueError(f"{key} has no effect with method: {self.method}, only with {', '.join(methods)}: remove it")
+        if self.pattern is not None and "scope" in self.model_fields_set:
+            raise ValueError("scope has no effect with a pattern, which every group of weights has: remove it")
+        return self
+
+
 class StudentConfig(TrainingConfig):
     """The small model and how it learns."""
 

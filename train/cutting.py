@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from train.activity import Sample, influences, measure, random_samples
+from train.activity import Sample, column_scores, influences, measure, random_samples
 from train.config import CutModel
 from train.heads import keep_heads
-from train.neurons import keep_neurons
+from train.neurons import feed_forwards, keep_neurons
 from train.slicing import make_modules_agree
 
 
@@ -39,11 +39,17 @@ def cut(model: PreTrainedModel, source: CutModel, key: str, samples: Sequence[Sa
     activity = measure(model, samples) if narrower else {}
     if source.layers is not None:
         cut_layers(model, source.layers, key, samples)
-    stacks = [list(stack) for _, _, stack in _layer_stacks(model, key)]
+    stacks = layers_of(model, key)
     if source.neurons is not None:
-        keep_neurons(model, [layer for stack in stacks for layer in stack], activity, source.neurons, key)
+        parts = feed_forwards(model, [layer for stack in stacks for layer in stack], f"{key}.neurons is {source.neurons}")
+        total = parts[0].outer.in_features
+        if not 1 <= source.neurons <= total:
+            raise ValueError(
+                f"{key}.neurons is {source.neurons}, but the teacher's feed-forward layers have {total} neurons: ask for 1 to {total}"
+            )
+        keep_neurons(model, parts, [column_scores(part.outer, activity) for part in parts], source.neurons)
     if source.heads is not None:
-        keep_heads(model, stacks, activity, source.heads, key)
+        keep_heads(model, stacks, activity, source.heads, f"{key}.heads is {source.heads}")
     if narrower:
         make_modules_agree(model, key)
 
@@ -74,6 +80,15 @@ def cut_layers(model: PreTrainedModel, layers: int | list[int], key: str, sample
         _shorten_both(model, *(len(chosen) for chosen in choices))
     else:
         _shorten(model.config, choices[0])
+
+
+def layers_of(model: PreTrainedModel, key: str) -> list[list[nn.Module]]:
+    """The layers of a decoder-only model; or those of a T5's encoder and of its decoder.
+
+    Raises:
+        ValueError: if they cannot be told from its configuration.
+    """
+    return [list(stack) for _, _, stack in _layer_stacks(model, key)]
 
 
 def _check(layers: int | list[int], total: int, key: str) -> None:
@@ -108,7 +123,7 @@ def _layer_stacks(model: PreTrainedModel, key: str) -> list[_Stack]:
         stack = getattr(parent, "block", None)
         if not isinstance(stack, nn.ModuleList):
             raise ValueError(
-                f"{key} is cut from a teacher of type {model.config.model_type}, but of the encoder-decoders only a T5 can be cut"
+                f"{key} needs the layers of a model of type {model.config.model_type}, but of the encoder-decoders only a T5's are known"
             )
         found.append((parent, "block", stack))
     return found
@@ -120,7 +135,7 @@ def _layer_list(model: PreTrainedModel, key: str) -> _Stack:
     outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     found = [(name, module) for name, module in outer if len(module) == total]
     if len(found) != 1:
-        raise ValueError(f"{key} is cut from a teacher of type {model.config.model_type}, whose layers are not one list: name a model")
+        raise ValueError(f"{key} needs the layers of a model of type {model.config.model_type}, which are not one list: take another model")
     name, stack = found[0]
     parent, _, attribute = name.rpartition(".")
     return model.get_submodule(parent), attribute, stack

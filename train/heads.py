@@ -17,7 +17,7 @@ from train.slicing import configs_of, keep_columns, keep_rows, largest, part
 _NAMES = (("q_proj", "k_proj", "v_proj", "o_proj"), ("q", "k", "v", "o"))
 
 
-def keep_heads(model: PreTrainedModel, stacks: Sequence[Sequence[nn.Module]], activity: Activity, count: int, key: str) -> None:
+def keep_heads(model: PreTrainedModel, stacks: Sequence[Sequence[nn.Module]], activity: Activity, count: int, asked: str) -> None:
     """Keeps in each layer the heads with the largest `group_scores`, in place, and makes the configuration say so.
 
     A T5's layers share one relative position bias, which has a column for each head: there the self-attention of all layers of a stack
@@ -28,7 +28,7 @@ def keep_heads(model: PreTrainedModel, stacks: Sequence[Sequence[nn.Module]], ac
         stacks: its layers: one sequence of them, or those of an encoder and of a decoder.
         activity: of the linear layers.
         count: query heads to keep of each attention layer. Heads that share keys and values are kept or dropped together.
-        key: the configuration key of the student's model, for messages.
+        asked: what of a configuration asks for it, with its value, for messages.
 
     Raises:
         ValueError: if there are fewer, if `count` would part such a group, or if it cannot be told what the heads are.
@@ -38,10 +38,10 @@ def keep_heads(model: PreTrainedModel, stacks: Sequence[Sequence[nn.Module]], ac
     layers = [layer for stack in found for layer in stack]
     if heads is None or not all(layers) or not all(heads.fits(attention) for layer in layers for attention in layer.values()):
         raise ValueError(
-            f"{key}.heads is {count}, but it cannot be told which weights of a teacher of type {model.config.model_type} are its heads: "
-            "remove heads, and cut layers or neurons"
+            f"{asked}, but it cannot be told which weights of a model of type {model.config.model_type} are its heads, as it can of t5, "
+            "llama, qwen2, gemma3 and their like: take out layers or neurons instead"
         )
-    _check_count(model.config, heads, count, key)
+    _check_count(model.config, heads, count, asked)
     for stack in found:
         for name in stack[0]:
             _keep_groups([layer[name] for layer in stack], activity, heads, count // heads.a_group)
@@ -118,22 +118,26 @@ def _set_heads(config: PreTrainedConfig, heads: _Heads, count: int) -> None:
         config.num_key_value_heads = count // heads.a_group
 
 
-def _check_count(config: PreTrainedConfig, heads: _Heads, count: int, key: str) -> None:
+def possible_counts(config: PreTrainedConfig) -> list[int]:
+    """Numbers of query heads that a model like this may have: whole groups, and what transformers takes; none where it says nothing."""
+    heads = _heads_of(config)
+    steps = range(heads.a_group, heads.queries + 1, heads.a_group) if heads is not None else ()
+    return [number for number in steps if heads is not None and _is_valid(config, heads, number)]
+
+
+def _check_count(config: PreTrainedConfig, heads: _Heads, count: int, asked: str) -> None:
     if not 1 <= count <= heads.queries:
-        raise ValueError(
-            f"{key}.heads is {count}, but the teacher's attention layers have {heads.queries} query heads: ask for 1 to {heads.queries}"
-        )
-    steps = range(heads.a_group, heads.queries + 1, heads.a_group)
-    possible = [number for number in steps if _is_valid(config, heads, number)]
+        raise ValueError(f"{asked}, but the model's attention layers have {heads.queries} query heads: ask for 1 to {heads.queries}")
+    possible = possible_counts(config)
     if count in possible:
         return
     why = (
-        f"but the teacher's {heads.queries} query heads share keys and values in groups of {heads.a_group}, which go whole"
+        f"but the model's {heads.queries} query heads share keys and values in groups of {heads.a_group}, which go whole"
         if count % heads.a_group
         # Llama: the number must divide the hidden size, though with a width of their own nothing depends on it.
         else f"which transformers does not take in a configuration of type {config.model_type} with hidden_size {config.hidden_size}"
     )
-    raise ValueError(f"{key}.heads is {count}, {why}: ask for one of {', '.join(str(number) for number in possible)}")
+    raise ValueError(f"{asked}, {why}: ask for one of {', '.join(str(number) for number in possible)}")
 
 
 def _is_valid(config: PreTrainedConfig, heads: _Heads, count: int) -> bool:

@@ -206,11 +206,11 @@ def test_layers_that_cannot_be_kept_are_refused(kind: str, layers: int | list[in
 def test_a_teacher_whose_layers_cannot_be_found_is_refused() -> None:
     llama = build(LLAMA)
     llama.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="teacher of type llama, whose layers are not one list"):
+    with pytest.raises(ValueError, match="layers of a model of type llama, which are not one list"):
         cut_layers(llama, 2, "student.model", SAMPLES)
     t5 = build(T5)
     del t5.encoder.block
-    with pytest.raises(ValueError, match="teacher of type t5, but of the encoder-decoders only a T5 can be cut"):
+    with pytest.raises(ValueError, match="layers of a model of type t5, but of the encoder-decoders only a T5's are known"):
         cut_layers(t5, 2, "student.model", SAMPLES)
 
 
@@ -460,11 +460,11 @@ def test_a_narrow_student_is_in_the_precision_asked_for_and_learns(teachers: dic
             r"student\.model\.neurons is 21, but the teacher's feed-forward layers have 20 neurons: ask for 1 to 20",
         ),
         ("t5-v1.1", {"neurons": 25}, r"student\.model\.neurons is 25, .* have 24 neurons: ask for 1 to 24"),
-        ("llama", {"heads": 7}, r"student\.model\.heads is 7, but the teacher's attention layers have 6 query heads: ask for 1 to 6"),
+        ("llama", {"heads": 7}, r"student\.model\.heads is 7, but the model's attention layers have 6 query heads: ask for 1 to 6"),
         (
             "llama",
             {"heads": 3},
-            r"student\.model\.heads is 3, but the teacher's 6 query heads share keys and values in groups of 2, which go whole: "
+            r"student\.model\.heads is 3, but the model's 6 query heads share keys and values in groups of 2, which go whole: "
             r"ask for one of 2, 4, 6$",
         ),
         (
@@ -484,10 +484,12 @@ def test_neurons_and_heads_that_cannot_be_kept_are_refused(kind: str, parts: dic
 def test_a_teacher_whose_neurons_or_heads_cannot_be_told_is_refused() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
     with pytest.raises(
-        ValueError, match=r"student\.model\.neurons is 4, .*teacher of type gpt2 are its neurons: remove neurons, and cut layers"
+        ValueError, match=r"student\.model\.neurons is 4, .*model of type gpt2 are its neurons, as it can of t5, llama, qwen2, gemma3"
     ):
         cut(gpt2, keep(neurons=4), "student.model")
-    with pytest.raises(ValueError, match=r"student\.model\.heads is 1, .*teacher of type gpt2 are its heads: remove heads, and cut layers"):
+    with pytest.raises(
+        ValueError, match=r"student\.model\.heads is 1, .*model of type gpt2 are its heads, as it can of t5, llama, qwen2, gemma3"
+    ):
         cut(gpt2, keep(heads=1), "student.model")
     # A norm over all heads at once.
     olmo2 = Olmo2ForCausalLM(Olmo2Config(**SMALL)).eval()
@@ -501,12 +503,12 @@ def test_a_teacher_whose_neurons_or_heads_cannot_be_told_is_refused() -> None:
 def test_a_feed_forward_layer_with_weights_between_its_matrices_is_refused() -> None:
     model = teacher_of("llama")
     model.model.layers[1].mlp.norm = nn.LayerNorm(20)
-    with pytest.raises(ValueError, match="it cannot be told which weights of a teacher of type llama are its neurons"):
+    with pytest.raises(ValueError, match="it cannot be told which weights of a model of type llama are its neurons"):
         cut(model, keep(neurons=4), "student.model")
 
 
 def test_a_configuration_that_lists_heads_by_layer_is_refused() -> None:
     model = teacher_of("llama")
     model.config.__dict__["num_attention_heads"] = [6, 6, 6]
-    with pytest.raises(ValueError, match="it cannot be told which weights of a teacher of type llama are its heads"):
+    with pytest.raises(ValueError, match="it cannot be told which weights of a model of type llama are its heads"):
         cut(model, keep(heads=2), "student.model")
