@@ -21,7 +21,7 @@ from data.tasks import prepare
 from launch.agent import PARENT
 from launch.config import Config
 from launch.hardware import cpu_count, detect
-from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, stages, task_stage
+from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, made_by, stages, task_stage
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.evaluate import EvalRequest, command
@@ -144,7 +144,7 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
             num_parameters=tuned.num_parameters if tuned else None,
         )
     deployed = f"deploy.{stage.detail}" in table
-    made = table[f"deploy.{stage.detail}" if deployed else f"train.{stage.detail}"].folder
+    made = made_by(config, table, stage.detail).folder
     form = TextFormat.load(made / "model")
     parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
     return EvalRequest(
@@ -262,8 +262,9 @@ def made(artifact: Any) -> str:
         return f"{sum(artifact.rows.values()):,} records, {agreeing:.1%} of the training labels agree with gold"
     if isinstance(artifact, Checkpoint):
         found = artifact.validation
-        reached = f"{found['exact_match']:.1%}" if "exact_match" in found else f"loss {found['loss']:.3f}"
-        return f"{artifact.num_parameters:,} parameters, validation {reached} at step {artifact.best_step} of {artifact.steps}"
+        reached = f"{found['exact_match']:.1%}" if "exact_match" in found else f"loss {found['loss']:.3f}" if found else ""
+        how = f", validation {reached} at step {artifact.best_step} of {artifact.steps}" if found else ", not trained"
+        return f"{artifact.num_parameters:,} parameters{how}"
     if isinstance(artifact, DeployedModel):
         return f"{artifact.weight_bytes:,} bytes, {artifact.weight_bytes / artifact.source_weight_bytes:.1%} of the fp32 file"
     assert isinstance(artifact, EvalResult)

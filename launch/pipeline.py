@@ -18,16 +18,18 @@ from data.tasks import fingerprint
 from launch.config import Config, hashed
 from launch.rundir import SHARED, run_folder
 from train.artifacts import ARTIFACT, Artifact, Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
+from train.config import Arm, LossConfig
 
 Place = Literal["here", "worker", "process"]
 """here: in the command's own process; worker: under torchrun, one start for several stages; process: a fresh process of its own."""
 
-TASK, TUNE, TEACH, TEACHER = "task", "tune", "teach", "teacher"
+TASK, TUNE, TEACH, TEACHER, PRUNE, PRUNED = "task", "tune", "teach", "teacher", "prune", "pruned"
 ARTIFACT_OF: dict[str, type[Artifact]] = {
     "task": TaskFiles,
     "tune": Checkpoint,
     "teach": Records,
     "train": Checkpoint,
+    "prune": Checkpoint,
     "deploy": DeployedModel,
     "evaluate": EvalResult,
 }
@@ -79,17 +81,16 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
         table[TUNE] = _stage(config, TUNE, inputs, "worker", shared=True)
     table[TEACH] = _stage(config, TEACH, {**common, **_teach_inputs(config, table)}, "worker", shared=True)
     for arm, loss in config.student.arms.items():
-        student = hashed(config.student.of_arm(arm), without=("model", "loss", "baselines", "seed"))
-        uses_rationales = loss.rationale or arm == "single_task" or config.teacher.rationales.drop_rows
-        chosen = hashed(config.teacher.rationales) if uses_rationales else {}
-        # The same where the student's seed is left out and where the run's is written out.
-        student["student_seed"] = config.seed if config.student.seed is None else config.student.seed
-        inputs = {**common, **student, "model": _model(config.student.model), "loss": hashed(loss), "teach": table[TEACH].key}
-        inputs |= {key: chosen[key] for key in ("keep", "drop_rows") if key in chosen}
+        inputs = {**common, **_training(config, arm, loss), "model": _model(config.student.model), "teach": table[TEACH].key}
         table[f"train.{arm}"] = _stage(config, f"train.{arm}", inputs, "worker")
     trained = table[f"train.{config.student.arm}"]
+    if config.student.prune is not None:
+        prune, arm = config.student.prune, config.student.arm
+        inputs = {**common, **_training(config, arm, prune.loss or config.student.loss), "teach": table[TEACH].key}
+        table[PRUNE] = _stage(config, PRUNE, {**inputs, "prune": hashed(prune), "train": trained.key}, "worker")
     for target in config.deploy.targets:
-        table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", {"target": target, "train": trained.key}, "worker")
+        inputs = {"target": target, "train": shipped(config, table).key}
+        table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", inputs, "worker")
     for rung, of in _rungs(config).items():
         inputs = {
             "task": task.digest,
@@ -102,9 +103,31 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
     return table
 
 
+def shipped(config: Config, table: Mapping[str, Stage]) -> Stage:
+    """The stage whose checkpoint the files to ship are made of."""
+    return table[PRUNE] if PRUNE in table else table[f"train.{config.student.arm}"]
+
+
+def made_by(config: Config, table: Mapping[str, Stage], rung: str) -> Stage:
+    """The stage that made what a rung measures."""
+    return table[_rungs(config)[rung]]
+
+
+def _training(config: Config, arm: Arm, loss: LossConfig) -> dict[str, Any]:
+    """What of the configuration a training of an arm reads, but for the model."""
+    student = hashed(config.student.of_arm(arm), without=("model", "loss", "baselines", "seed", "prune"))
+    uses_rationales = loss.rationale or arm == "single_task" or config.teacher.rationales.drop_rows
+    chosen = hashed(config.teacher.rationales) if uses_rationales else {}
+    # The same where the student's seed is left out and where the run's is written out.
+    student["student_seed"] = config.seed if config.student.seed is None else config.student.seed
+    return {**student, "loss": hashed(loss), **{key: chosen[key] for key in ("keep", "drop_rows") if key in chosen}}
+
+
 def _rungs(config: Config) -> dict[str, str]:
     """The ladder from top to bottom: rung -> the stage that made what it measures."""
     arms: dict[str, str] = {arm: f"train.{arm}" for arm in config.student.arms}
+    if config.student.prune is not None:
+        arms[PRUNED] = PRUNE
     return {TEACHER: TEACH, **arms, **{target: f"deploy.{target}" for target in config.deploy.targets}}
 
 

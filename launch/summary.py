@@ -12,7 +12,7 @@ from rich.console import Console
 from launch.config import RESOLVED, load_config
 from launch.ladder import Report, ReportInputs, StageCost, build
 from launch.local import made
-from launch.pipeline import ARTIFACT_OF, TASK, TEACH, Stage
+from launch.pipeline import ARTIFACT_OF, PRUNE, PRUNED, TASK, TEACH, TEACHER, Stage
 from launch.report import terminal_table, write
 from launch.rundir import read_stages
 from train.artifacts import ARTIFACT, Records, TaskFiles
@@ -43,7 +43,7 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
             stages=_costs(done, skipped),
             task=TaskFiles.read(stages[TASK].folder),
             records=Records.read(done[TEACH].folder) if TEACH in done else None,
-            checkpoints={_trained_name(stage): stage.folder for stage in done.values() if stage.kind in ("tune", "train")},
+            checkpoints={_trained_name(stage): stage.folder for stage in done.values() if stage.kind in ("tune", "train", "prune")},
             deployed={stage.detail: stage.folder for stage in done.values() if stage.kind == "deploy"},
             config=load_config(folder / RESOLVED).model_dump(mode="json", exclude_unset=True),
             provenance=json.loads((folder / "provenance.json").read_text()),
@@ -57,7 +57,7 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
 
 
 def _trained_name(stage: Stage) -> str:
-    return stage.detail or "teacher"
+    return PRUNED if stage.kind == PRUNE else stage.detail or TEACHER
 
 
 def _costs(done: Mapping[str, Stage], skipped: frozenset[str]) -> list[StageCost]:

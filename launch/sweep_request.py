@@ -84,6 +84,8 @@ def read_request(path: Path, overrides: Sequence[str], *, arms: str, seeds: int,
         ValueError: for what the user wrote.
     """
     config = load_config(path, overrides)
+    if config.student.prune is not None:
+        raise ValueError("student.prune has no effect in a sweep, which compares students before they are pruned: remove it")
     if config.student.data_fraction != 1.0:
         share = config.student.data_fraction
         raise ValueError(f"student.data_fraction is {share:g}, which a sweep sets itself: remove it, and use --fractions")

@@ -17,7 +17,7 @@ from data.tasks import Task, read_task
 from launch.agent import die_with_parent
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
-from launch.pipeline import TASK, TEACH, TUNE, Stage, stages, task_stage
+from launch.pipeline import PRUNE, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
 from launch.plan import cpu_teacher_plan, teacher_plan, weight_bytes
 from launch.rundir import locked, run_folder, writing
 from train.artifacts import Artifact, Checkpoint, TaskFiles
@@ -65,6 +65,8 @@ def _run(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, w
         return _teach(stage, config, table, task, world)
     if stage.kind == "train":
         return _train(stage, config, table, task, world)
+    if stage.kind == PRUNE:
+        return _prune(stage, config, table, task, world)
     assert stage.kind == "deploy", stage.name
     return _deploy(stage, config, table, world)
 
@@ -73,7 +75,7 @@ def _deploy(stage: Stage, config: Config, table: Mapping[str, Stage], world: Wor
     """One process converts; the others wait, and fail with it."""
     from train.deploy import stage as deploy
 
-    trained = table[f"train.{config.student.arm}"].folder
+    trained = shipped(config, table).folder
     artifact: Artifact = Checkpoint.read(trained)
     error: Exception | None = None
     if world.is_main:
@@ -150,6 +152,24 @@ def _train(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
         seed=config.seed,
         title=f"train {stage.detail}",
         open_tracker=tracker,
+    )
+
+
+def _prune(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+    from train.student import pruning
+
+    arm, prune = config.student.arm, config.student.prune
+    trained = table[f"train.{arm}"].folder
+    return pruning.run(
+        config.student.of_arm(arm).model_copy(update={"prune": prune}),
+        config.student.loss,
+        student_inputs(config, table, task),
+        Checkpoint.read(trained),
+        trained,
+        stage.folder,
+        world,
+        seed=config.seed,
+        open_tracker=_tracker(stage, config, world),
     )
 
 

@@ -464,6 +464,42 @@ class PruneConfig(Section):
         return self
 
 
+class StudentPruneConfig(PruneConfig):
+    """The trained student pruned, and how it recovers."""
+
+    schedule: Literal["one_shot", "cubic"] = Field(
+        "one_shot",
+        description="one_shot: all at once, before the recovery. cubic: more and more of the fraction while it recovers, most of it early "
+        "(magnitude, wanda and neuron).",
+    )
+    until: float = Field(0.5, gt=0.0, le=1.0, description="cubic: share of the recovery's steps after which the whole fraction is out.")
+    every: int = Field(20, ge=1, description="cubic: steps from one pruning to the next.")
+    epochs: float = Field(1.0, ge=0.0, description="Passes over the training rows to recover in; 0 prunes and leaves it at that.")
+    learning_rate: float | None = Field(None, gt=0.0, description="Peak of the recovery; the student's own where left out.")
+    loss: LossConfig | None = Field(
+        None,
+        description="Weights of the recovery's loss; the student's own where left out. teacher: live means here the student as it was "
+        "before it was pruned, whatever the source of the teacher is.",
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        gradual = self.schedule == "cubic"
+        if gradual and self.method not in ("magnitude", "wanda", "neuron"):
+            raise ValueError(f"schedule is cubic, but method: {self.method} scores once, before the recovery: set schedule to one_shot")
+        if gradual and self.pattern is not None:
+            raise ValueError("schedule is cubic, but a pattern is in every group of weights or in none: set schedule to one_shot")
+        if gradual and not self.epochs:
+            raise ValueError("schedule is cubic, but epochs is 0, so that there are no steps to prune in: give epochs, or use one_shot")
+        for key in ("until", "every"):
+            if not gradual and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect with schedule: one_shot: remove it, or set schedule to cubic")
+        for key in ("learning_rate", "loss"):
+            if not self.epochs and getattr(self, key) is not None:
+                raise ValueError(f"{key} has no effect while epochs is 0, which leaves nothing to learn: remove it, or give epochs")
+        return self
+
+
 class StudentConfig(TrainingConfig):
     """The small model and how it learns."""
 
@@ -487,6 +523,10 @@ class StudentConfig(TrainingConfig):
         default_factory=list, description="Arms to train beside the student, the same but for the loss; each is a rung of the ladder."
     )
 
+    prune: StudentPruneConfig | None = Field(
+        None, description="Prune the trained student, and let it recover: a rung of its own, of which the files to ship are made."
+    )
+
     @property
     def arm(self) -> Arm:
         """What the student is called on the ladder."""
@@ -500,7 +540,7 @@ class StudentConfig(TrainingConfig):
 
     def of_arm(self, arm: Arm) -> Self:
         """The student as one of its `arms` is trained: with that arm's loss, and two tasks unless the arm is single_task."""
-        return self.model_copy(update={"loss": self.arms[arm], "single_task": arm == "single_task", "baselines": []})
+        return self.model_copy(update={"loss": self.arms[arm], "single_task": arm == "single_task", "baselines": [], "prune": None})
 
     @model_validator(mode="after")
     def _one_task_has_one_loss(self) -> Self:
@@ -512,6 +552,15 @@ class StudentConfig(TrainingConfig):
                     f"single_task learns rationale and label as one target, whose loss is loss.label, but loss.{key} is "
                     f"{getattr(self.loss, key):g}, not 0: set loss to {{label: 1, rationale: 0}}, or single_task to false"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _pruning_fits(self) -> Self:
+        if self.prune is not None and self.prune.makes_zeros and self.lora is not None:
+            raise ValueError(
+                f"prune.method is {self.prune.method}, but lora adds to every weight what its adapters learn, also to those that are 0: "
+                "remove lora, or prune neurons, heads or layers"
+            )
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ from train.meter import Meter
 from train.models import num_parameters, save_model
 from train.passes import open_passes
 from train.progress import StageProgress
+from train.pruning.gradual import MaskSchedule
 from train.schedules import learning_rate
 from train.signals import Stopped, catching
 from train.throughput import Arithmetic
@@ -42,6 +43,8 @@ OpenTracker = Callable[[int], Tracker]
 """Opens the tracker of a training that goes on after this step."""
 Criterion = Literal["exact_match", "loss"]
 _AUTO_TOKENS = 16384
+_PREFIX = "model."
+"""Of the model's parameters within a `Learner`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class TrainingRun:
     """Ids of the tokenizer, over which soft labels are compared."""
     resumable: bool = True
     """Save the state to go on from; a run that is over within a minute is sooner begun anew."""
+    masks: MaskSchedule | None = None
+    """Prunes on the way; the best model is one of those that have lost all they should."""
     criterion: Criterion = "exact_match"
     """What the best model has most of, or least: exact matches mean little where a target is a whole solution."""
 
@@ -185,6 +190,8 @@ def train(
         if batches.packed:
             stack.enter_context(learner.packed())
         progress.advance(start)
+        if run.masks is not None and start == 0 and run.masks.is_due(0):
+            run.masks.tighten(engine, world, 0, _PREFIX)
         while step < run.num_steps and not ended:
             torch.manual_seed((run.seed << 32) + (step << 12) + world.rank)
             sequences = run.sequences_of(step)
@@ -196,6 +203,9 @@ def train(
                 sums += passes(scale, batch, last=number == len(micro) - 1)
             meter.add(step + 1, sums, counts, engine.step(rate), rate, sequences, [run.rows[n].id for n in run.order.rows_of(step)])
             step += 1
+            if run.masks is not None and run.masks.is_due(step):
+                run.masks.tighten(engine, world, step, _PREFIX)
+                best = Best()
             validates = step % validate_every == 0 or step == run.num_steps
             saves = run.resumable and (step % save_every == 0 or step == run.num_steps)
             if engine.zero_stage or validates or saves or step % config.log_every == 0:

@@ -40,7 +40,11 @@ def prune(model: PreTrainedModel, config: PruneConfig, samples: Sequence[Sample]
         ValueError: if nothing is left to prune, m does not divide a row, or the model's neurons, heads or layers cannot be told.
     """
     if config.makes_zeros:
-        masks = choose_weights(prunable(model, config.exclude, key), config, samples, model, key)
+        linears = prunable(model, config.exclude, key)
+        check_pattern(linears, config, key)
+        weights = {f"{name}.weight": linear.weight for name, linear in linears.items()}
+        mean_squares = weight_norms(model, linears, samples) if config.method == "wanda" else {}
+        masks = choose_weights(weights, config, config.fraction or 0.0, mean_squares)
         with torch.no_grad():
             for name, mask in masks.items():
                 model.get_parameter(name).masked_fill_(~mask, 0.0)
@@ -58,7 +62,7 @@ def prune(model: PreTrainedModel, config: PruneConfig, samples: Sequence[Sample]
         make_modules_agree(model, key)
     else:
         parts = feed_forwards(model, [layer for stack in stacks for layer in stack], asked)
-        count = _width(parts[0].outer.in_features, config.fraction, config.round_to)
+        count = kept_neurons(parts[0].outer.in_features, config.fraction, config.round_to)
         keep_neurons(model, parts, _neuron_scores(model, parts, config, samples), count)
         make_modules_agree(model, key)
     return {}
@@ -82,46 +86,50 @@ def prunable(model: PreTrainedModel, exclude: Sequence[str], key: str) -> dict[s
     return left
 
 
+def weight_norms(model: PreTrainedModel, linears: Mapping[str, nn.Linear], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Of each matrix the mean squares [in] of its inputs, by parameter: what Wanda needs besides the weights."""
+    activity = measure(model, samples)
+    return {f"{name}.weight": activity[linear] for name, linear in linears.items()}
+
+
 def choose_weights(
-    linears: Mapping[str, nn.Linear],
+    weights: Mapping[str, Tensor],
     config: PruneConfig,
-    samples: Sequence[Sample],
-    model: PreTrainedModel,
-    key: str,
+    fraction: float,
+    mean_squares: Mapping[str, Tensor],
     before: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Masks of single weights, by parameter.
 
     Args:
-        linears: to prune, by name.
+        weights: matrices [out, in], by parameter; m of a pattern divides their rows.
         config: magnitude or wanda.
-        samples: for wanda.
-        model: that holds the layers.
-        key: for messages.
-        before: masks so far, by parameter.
+        fraction: to take out, where there is no pattern.
+        mean_squares: of the inputs, by parameter; for wanda.
+        before: masks so far.
+    """
+    scores = {name: wanda(w, mean_squares[name]) if config.method == "wanda" else magnitude(w) for name, w in weights.items()}
+    if config.n_of_m is not None:
+        return {name: keep_n_of_m(values, *config.n_of_m) for name, values in scores.items()}
+    if config.scope == "global":
+        return keep_globally(scores, fraction, before)
+    choose = keep_in_rows if config.method == "wanda" else keep_in_matrix
+    return {name: choose(values, fraction, before[name] if before else None) for name, values in scores.items()}
+
+
+def check_pattern(linears: Mapping[str, nn.Linear], config: PruneConfig, key: str) -> None:
+    """That the m of an n:m pattern divides every row.
 
     Raises:
-        ValueError: if the m of a pattern does not divide a row.
+        ValueError: where it does not.
     """
-    if config.method == "wanda":
-        activity = measure(model, samples)
-        scores = {f"{name}.weight": wanda(linear.weight, activity[linear]) for name, linear in linears.items()}
-    else:
-        scores = {f"{name}.weight": magnitude(linear.weight) for name, linear in linears.items()}
-    if config.n_of_m is not None:
-        n, m = config.n_of_m
-        for name, values in scores.items():
-            if values.shape[1] % m:
-                raise ValueError(
-                    f"{key}.pattern is {config.pattern}, but a row of {name} has {values.shape[1]} weights, which {m} does not divide: "
-                    f"exclude it ({key}.exclude), or choose another pattern"
-                )
-        return {name: keep_n_of_m(values, n, m) for name, values in scores.items()}
-    assert config.fraction is not None
-    if config.scope == "global":
-        return keep_globally(scores, config.fraction, before)
-    choose = keep_in_rows if config.method == "wanda" else keep_in_matrix
-    return {name: choose(values, config.fraction, before[name] if before else None) for name, values in scores.items()}
+    for name, linear in linears.items() if config.n_of_m is not None else ():
+        assert config.n_of_m is not None
+        if linear.in_features % config.n_of_m[1]:
+            raise ValueError(
+                f"{key}.pattern is {config.pattern}, but a row of {name} has {linear.in_features} weights, which {config.n_of_m[1]} does "
+                f"not divide: exclude it ({key}.exclude), or choose another pattern"
+            )
 
 
 def mean_loss(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
@@ -131,7 +139,8 @@ def mean_loss(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
     return float(torch.cat(losses).double().mean())
 
 
-def _width(total: int, fraction: float, multiple: int) -> int:
+def kept_neurons(total: int, fraction: float, multiple: int) -> int:
+    """The width that is left, to the nearest multiple."""
     kept = total - round(fraction * total)
     return min(total, max(multiple, round(kept / multiple) * multiple))
 
