@@ -23,7 +23,7 @@ from launch import plots
 from launch import report_html as words
 from launch.ladder import LEVEL, SAMPLES, Report, Rung, Sample
 from launch.report_html import Page, Plot, Section, Table
-from train.artifacts import Records, write_json
+from train.artifacts import Checkpoint, Records, write_json
 
 _GAP = 2
 
@@ -67,6 +67,7 @@ def page(report: Report) -> Page:
         _plots_section(report),
         _teacher_section(report),
         *([_training_section(report)] if report.trained else []),
+        *[_pruning_section(name, made) for name, made in report.trained.items() if made.sparsity],
         _cost_section(report),
         *([_samples_section(report)] if report.samples else []),
         _provenance_section(report),
@@ -209,6 +210,19 @@ def _training_section(report: Report) -> Section:
     rows.append(["Processes", *(str(m.processes) for m in models)])
     rows.append(["Time", *(words.duration(m.seconds) for m in models)])
     return Section("What was trained", [], [Table(["", *report.trained], rows)], [], [])
+
+
+def _pruning_section(name: str, made: Checkpoint) -> Section:
+    """What is 0 in a pruned model's file, by kind of matrix."""
+    total, zeros = (sum(counts[n] for counts in made.sparsity.values()) for n in range(2))
+    rows = [[kind, words.count(weights), words.percent(out / weights)] for kind, (weights, out) in made.sparsity.items()]
+    rows.append(["all matrices", words.count(total), words.percent(zeros / total)])
+    size = f"{words.num_bytes(made.weight_bytes)} on disk, {words.num_bytes(made.compressed_bytes)} compressed (zlib)"
+    # What was removed is not there to be counted: the number of parameters shows it.
+    text = f"{words.count(made.num_parameters)} parameters are left, {size}."
+    if zeros:
+        text += " Runtimes for dense weights compute zeros as they compute any number: these make no file smaller and no answer faster."
+    return Section(f"What was pruned: {name}", [text], [Table(["Matrix", "Weights", "Zeros"], rows)], [], [])
 
 
 def _spoken(key: str) -> str:

@@ -74,6 +74,10 @@ class Checkpoint(Artifact):
     max_rationale_tokens: int
     processes: int = 1
     seconds: float = 0.0
+    sparsity: dict[str, list[int]] = field(default_factory=dict)
+    """Of a pruned one by kind of matrix: its weights, and how many of them are 0 in the file."""
+    compressed_bytes: int | None = None
+    """Of a pruned one: what its weights' file takes when it is compressed (zlib)."""
 
 
 @dataclass(frozen=True, slots=True)

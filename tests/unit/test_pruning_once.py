@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from train.config import PruneConfig
+from train.config import PruneConfig, StudentConfig, StudentPruneConfig
 from train.pruning.once import mean_loss, prune
 from train.pruning.sizes import FileSizes, file_sizes, sparsities
 
@@ -209,12 +209,13 @@ def test_wanda_goes_by_what_comes_in() -> None:
         assert set(mask.nonzero()[:, 0].tolist()) == set(row.topk(12).indices.tolist())
 
 
-def test_together_some_matrices_lose_more_than_others() -> None:
+def test_together_some_matrices_lose_more_than_others(tmp_path: Path) -> None:
     model, masks = pruned_weights("llama", method="magnitude", fraction=0.5, scope="global")
     total, out = sum(m.numel() for m in masks.values()), sum(int((~m).sum()) for m in masks.values())
     assert out == round(0.5 * total)
     assert len({round(float(m.float().mean()), 3) for m in masks.values()}) > 3
-    assert [s.zeros for s in sparsities(model) if s.kind == "embed_tokens"] == [0]
+    model.save_pretrained(tmp_path)
+    assert [s.zeros for s in sparsities(tmp_path) if s.kind == "embed_tokens"] == [0]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -287,9 +288,10 @@ def test_a_family_whose_parts_cannot_be_told_is_refused_with_those_that_can(meth
 # What is left
 
 
-def test_sparsity_is_counted_by_kind_and_tied_matrices_once() -> None:
+def test_sparsity_is_counted_by_kind_and_tied_matrices_once(tmp_path: Path) -> None:
     model, _ = pruned_weights("llama", method="magnitude", fraction=0.25, exclude=["*.o_proj"])
-    found = {s.kind: (s.weights, s.share) for s in sparsities(model)}
+    model.save_pretrained(tmp_path)
+    found = {s.kind: (s.weights, s.share) for s in sparsities(tmp_path)}
     assert found["o_proj"] == (3 * 24 * 24, 0.0)
     assert found["down_proj"] == (3 * 24 * 20, 0.25)
     assert found["embed_tokens"] == (60 * 24, 0.0)
@@ -318,3 +320,25 @@ def test_the_loss_is_that_of_the_model_on_what_follows(kind: str) -> None:
             loss = model(input_ids=torch.tensor([[*inputs, *targets]]), labels=labels).loss
         totals += [float(loss.detach())] * len(targets)
     assert mean_loss(model, SAMPLES) == pytest.approx(sum(totals) / len(totals), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"method": "layer", "fraction": 0.5, "schedule": "cubic"}, "schedule is cubic, but method: layer scores once"),
+        ({"method": "wanda", "pattern": "2:4", "schedule": "cubic"}, "schedule is cubic, but a pattern is in every group"),
+        ({"fraction": 0.5, "schedule": "cubic", "epochs": 0}, "schedule is cubic, but epochs is 0"),
+        ({"fraction": 0.5, "until": 0.7}, "until has no effect with schedule: one_shot"),
+        ({"fraction": 0.5, "every": 7}, "every has no effect with schedule: one_shot"),
+        ({"fraction": 0.5, "epochs": 0, "learning_rate": 1e-3}, "learning_rate has no effect while epochs is 0"),
+    ],
+)
+def test_recoveries_that_say_nothing_sensible_are_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StudentPruneConfig(**knobs)
+
+
+def test_weights_are_not_pruned_beside_adapters() -> None:
+    with pytest.raises(ValidationError, match=r"prune\.method is wanda, but lora adds to every weight .* remove lora, or prune neurons"):
+        StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {"method": "wanda", "fraction": 0.5}})
+    StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {"method": "neuron", "fraction": 0.5}})

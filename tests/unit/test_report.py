@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html import escape as html_escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -271,6 +272,24 @@ def test_figures_agree_in_json_markdown_and_html(tiny: Written) -> None:
     assert markdown.startswith("# tiny &lt;run&gt;: the ladder\n")
     assert all(sentence in markdown for sentence in values["summary"])
     assert all(sentence.replace(" %", "\u00a0%").replace("'", "&#39;") in html for sentence in values["summary"])
+
+
+def test_a_pruned_model_shows_its_zeros_and_that_they_save_nothing(inputs: ReportInputs, tmp_path: Path) -> None:
+    plain = Checkpoint.read(inputs.checkpoints["step_by_step"])
+    for name, zeros in (("zeros", 500_000), ("smaller", 0)):
+        folder = checkpoint(tmp_path / name)
+        made = replace(plain, sparsity={"q_proj": [1_000_000, zeros], "embed_tokens": [3_000_000, 0]}, compressed_bytes=700_000)
+        made.write(folder)
+        inputs.checkpoints[name] = folder  # type: ignore[index]
+    _, markdown, page = written(build(inputs), tmp_path / "out")
+    for name, share, of_all in (("zeros", "50.0 %", "12.5 %"), ("smaller", "0.0 %", "0.0 %")):
+        section = markdown.split(f"What was pruned: {name}")[1].split("## ")[0]
+        assert "225.0k parameters are left, 0.90 MB on disk, 0.70 MB compressed (zlib)." in section
+        assert share in section.split("q_proj")[1].splitlines()[0]
+        assert of_all in section.split("all matrices")[1].splitlines()[0]
+        assert any(row[0] == "q_proj" and row[-1] == share for table in Tables(page).tables for row in table)
+        assert ("these make no file smaller and no answer faster" in section) == (name == "zeros")
+    assert "What was pruned: step_by_step" not in markdown
 
 
 def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:

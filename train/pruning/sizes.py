@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from safetensors import safe_open
 
 _CHUNK = 2**24
 
@@ -27,16 +27,19 @@ class Sparsity:
         return self.zeros / self.weights
 
 
-def sparsities(model: PreTrainedModel) -> list[Sparsity]:
-    """Of every kind of matrix, tied ones once, in the model's order; counted, not what was asked for."""
+def sparsities(folder: Path) -> list[Sparsity]:
+    """Of every kind of matrix in a folder's safetensors files, tied ones once: counted there, not what was asked for."""
     weights: dict[str, int] = defaultdict(int)
     zeros: dict[str, int] = defaultdict(int)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            kind = name.removesuffix(".weight").rpartition(".")[2]
-            weights[kind] += parameter.numel()
-            zeros[kind] += parameter.numel() - int(parameter.detach().count_nonzero())
-    return [Sparsity(kind, weights[kind], zeros[kind]) for kind in weights]
+    for path in _files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = file.get_tensor(name)
+                if tensor.dim() > 1:
+                    kind = name.removesuffix(".weight").rpartition(".")[2]
+                    weights[kind] += tensor.numel()
+                    zeros[kind] += tensor.numel() - int(tensor.count_nonzero())
+    return [Sparsity(kind, weights[kind], zeros[kind]) for kind in sorted(weights)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,14 @@ class FileSizes:
 
 def file_sizes(folder: Path) -> FileSizes:
     """Of the safetensors files in a folder."""
+    files = _files(folder)
+    return FileSizes(sum(path.stat().st_size for path in files), sum(map(_compressed, files)))
+
+
+def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     assert files, folder
-    return FileSizes(sum(path.stat().st_size for path in files), sum(map(_compressed, files)))
+    return files
 
 
 def _compressed(path: Path) -> int:

@@ -23,6 +23,7 @@ from train.models import load_folder, num_parameters, save_model
 from train.neurons import feed_forwards
 from train.pruning.gradual import MaskSchedule, NeuronNames, neuron_schedule, weight_schedule
 from train.pruning.once import check_pattern, prunable, prune, weight_norms
+from train.pruning.sizes import file_sizes, sparsities
 from train.student.stage import StudentInputs, live_teacher, prepare_rows
 from train.trainer import OpenTracker, TrainingRun, train_checkpoint
 from train.world import World
@@ -72,7 +73,8 @@ def run(
     samples = [(sequence.input_ids, sequence.target_ids) for row in rows[:_SAMPLE_ROWS] for sequence in row.sequences]
     if not settings.epochs:
         prune(model, settings, samples, KEY)
-        return replace(_saved(model, tokenizer, form, trained, folder, world), steps=0, best_step=0, validation={})
+        made = _saved(model, tokenizer, form, trained, folder, world)
+        return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=0.0), folder)
     own_seed = seed if config.seed is None else config.seed
     training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, "recover from pruning")
     masks = _masks(model, settings, samples, training.num_steps)
@@ -81,11 +83,17 @@ def run(
     live = live_teacher(inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     made = train_checkpoint(model, tokenizer, replace(training, masks=masks), world, open_tracker, counts, live=live)
     if masks is None or settings.makes_zeros:
-        return made
+        return _measured(made, folder)
     # What the masks have left of each neuron is 0, so that the same choice now finds those.
     smaller, tokenizer, form = load_folder(folder / "model", dtype=torch.float32)
     prune(smaller, settings, samples, KEY)
-    return _saved(smaller, tokenizer, form, made, folder, world)
+    return _measured(_saved(smaller, tokenizer, form, made, folder, world), folder)
+
+
+def _measured(made: Checkpoint, folder: Path) -> Checkpoint:
+    """With what is in the file: zeros, and bytes when it is compressed."""
+    found = {kind.kind: [kind.weights, kind.zeros] for kind in sparsities(folder / "model")}
+    return replace(made, sparsity=found, compressed_bytes=file_sizes(folder / "model").compressed_bytes)
 
 
 def _masks(model: PreTrainedModel, config: StudentPruneConfig, samples: Sequence[Sample], num_steps: int) -> MaskSchedule | None:
