@@ -207,6 +207,32 @@ def predict(
         print(line)
 
 
+@app.command()
+@_told
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file or package:NAME/FILE.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the result.")],
+    method: Annotated[
+        str, typer.Option(help="magnitude, wanda, neuron, neuron_taylor, neuron_activity, head or layer (see student.prune.method).")
+    ] = "neuron",
+    fraction: Annotated[float | None, typer.Option(help="Share to take out, from 0 up to 1.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="n:m, such as 2:4, in place of --fraction (magnitude and wanda).")] = None,
+    scope: Annotated[str | None, typer.Option(help="matrix or global (magnitude).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone, by name with *; may be given several times.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Keep a multiple of so many neurons.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Texts to measure on: JSON lines with a field text, or paragraphs.")] = None,
+    scan: Annotated[bool, typer.Option("--scan", help="Do not prune; show the loss against the share, by kind of matrix.")] = False,
+) -> None:
+    """Prune any model by itself, or scan what it can do without."""
+    from rich.console import Console
+
+    from launch.pruning import prune as prune_model
+
+    given = {"fraction": fraction, "pattern": pattern, "scope": scope, "exclude": exclude or None, "round_to": round_to}
+    settings = {"method": method, **{key: value for key, value in given.items() if value is not None}}
+    prune_model(model, out, settings, texts, Console(), scan=scan)
+
+
 records = typer.Typer(name="records", help="Look over the teacher's records, or have damaged ones written anew.", no_args_is_help=True)
 app.add_typer(records)
 
