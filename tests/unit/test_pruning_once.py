@@ -28,6 +28,7 @@ from transformers import (
 
 from train.config import PruneConfig, StudentConfig, StudentPruneConfig
 from train.pruning.once import mean_loss, prune
+from train.pruning.scores import neuron_norm, neuron_taylor
 from train.pruning.sizes import FileSizes, file_sizes, sparsities
 
 SMALL = {
@@ -342,3 +343,34 @@ def test_weights_are_not_pruned_beside_adapters() -> None:
     with pytest.raises(ValidationError, match=r"prune\.method is wanda, but lora adds to every weight .* remove lora, or prune neurons"):
         StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {"method": "wanda", "fraction": 0.5}})
     StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {"method": "neuron", "fraction": 0.5}})
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_torch_pruning_scores_and_removes_the_same_neurons() -> None:
+    import torch_pruning
+
+    model, theirs = model_of("llama"), model_of("llama").model.layers[1].mlp
+    inputs = torch.randn(1, 5, 24)
+    graph = torch_pruning.DependencyGraph().build_dependency(theirs, example_inputs=inputs)
+
+    def group(neurons: list[int]) -> Any:
+        return graph.get_pruning_group(theirs.gate_proj, torch_pruning.prune_linear_out_channels, idxs=neurons)
+
+    mine = model.model.layers[1].mlp
+    linears = [mine.gate_proj, mine.up_proj, mine.down_proj]
+    squares = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None)(group(list(range(20))))
+    scores = neuron_norm([linear.weight for linear in linears[:2]], linears[2].weight)
+    torch.testing.assert_close(scores.square(), squares)
+    theirs(inputs).square().mean().backward()
+    first_order = torch_pruning.importance.GroupTaylorImportance(group_reduction="sum", normalizer=None)(group(list(range(20))))
+    pairs = [
+        (linear.weight, other.weight.grad)
+        for linear, other in zip(linears, (theirs.gate_proj, theirs.up_proj, theirs.down_proj), strict=True)
+    ]
+    torch.testing.assert_close(neuron_taylor(pairs[:2], pairs[2]), first_order)
+    group(sorted(squares.argsort()[:7].tolist())).prune()
+    prune(model, PruneConfig(method="neuron", fraction=0.35), SAMPLES, "prune")
+    found = model.model.layers[1].mlp
+    for ours, other in ((found.gate_proj, theirs.gate_proj), (found.up_proj, theirs.up_proj), (found.down_proj, theirs.down_proj)):
+        assert torch.equal(ours.weight, other.weight)
+    assert torch.equal(found(inputs), theirs(inputs))
