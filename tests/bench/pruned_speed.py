@@ -3,8 +3,8 @@
 python tests/bench/pruned_speed.py DENSE SMALLER [--runs 7] [--tokens 64]
 
 Two folders that plain transformers loads, such as a model and what `stepdown prune` made of it. Each run decodes one prompt greedily, one
-thread, fp32, with a key-value cache; CPU time is the process's own. The arithmetic: a token reads every weight once, so that its time should
-shrink as the number of parameters does (embeddings that are tied to the head are read as the head).
+thread, fp32, with a key-value cache; CPU time is the process's own. The arithmetic: a token reads every weight once, so that its time
+should shrink as the number of parameters does (embeddings that are tied to the head are read as the head).
 """
 
 from __future__ import annotations
