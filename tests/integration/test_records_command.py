@@ -58,6 +58,7 @@ def test_a_store_that_is_not_there_is_told(tmp_path: Path, finished: Path, start
     assert "so this configuration has no records yet: run it first" in output
 
 
+@pytest.mark.slow
 def test_a_store_copied_from_another_teacher_is_refused_before_anything_is_added(finished: Path, tmp_path: Path, start: Start) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
