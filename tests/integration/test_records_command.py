@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from launch.rundir import read_stages
 
 Start = Callable[..., subprocess.Popen[str]]
