@@ -561,6 +561,11 @@ class StudentConfig(TrainingConfig):
                 f"prune.method is {self.prune.method}, but lora adds to every weight what its adapters learn, also to those that are 0: "
                 "remove lora, or prune neurons, heads or layers"
             )
+        if self.prune is not None and self.prune.schedule == "cubic" and self.lora is not None:
+            raise ValueError(
+                "prune.schedule is cubic, but with lora the weights that it would prune step by step are frozen: remove lora, or set "
+                "schedule to one_shot"
+            )
         return self
 
     @model_validator(mode="after")

@@ -342,7 +342,10 @@ def test_recoveries_that_say_nothing_sensible_are_refused(knobs: dict[str, Any],
 def test_weights_are_not_pruned_beside_adapters() -> None:
     with pytest.raises(ValidationError, match=r"prune\.method is wanda, but lora adds to every weight .* remove lora, or prune neurons"):
         StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {"method": "wanda", "fraction": 0.5}})
-    StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {"method": "neuron", "fraction": 0.5}})
+    neurons = {"method": "neuron", "fraction": 0.5}
+    with pytest.raises(ValidationError, match=r"prune\.schedule is cubic, but with lora the weights .* are frozen: remove lora, or set"):
+        StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": {**neurons, "schedule": "cubic"}})
+    StudentConfig.model_validate({"model": "x", "lora": {"rank": 2}, "prune": neurons})
 
 
 @pytest.mark.filterwarnings("ignore")  # of the library
