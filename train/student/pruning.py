@@ -74,7 +74,7 @@ def run(
     if not settings.epochs:
         prune(model, settings, samples, KEY)
         made = _saved(model, tokenizer, form, trained, folder, world)
-        return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=0.0), folder)
+        return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=0.0), folder, world)
     own_seed = seed if config.seed is None else config.seed
     training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, "recover from pruning")
     masks = _masks(model, settings, samples, training.num_steps)
@@ -83,15 +83,17 @@ def run(
     live = live_teacher(inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     made = train_checkpoint(model, tokenizer, replace(training, masks=masks), world, open_tracker, counts, live=live)
     if masks is None or settings.makes_zeros:
-        return _measured(made, folder)
+        return _measured(made, folder, world)
     # What the masks have left of each neuron is 0, so that the same choice now finds those.
     smaller, tokenizer, form = load_folder(folder / "model", dtype=torch.float32)
     prune(smaller, settings, samples, KEY)
-    return _measured(_saved(smaller, tokenizer, form, made, folder, world), folder)
+    return _measured(_saved(smaller, tokenizer, form, made, folder, world), folder, world)
 
 
-def _measured(made: Checkpoint, folder: Path) -> Checkpoint:
-    """With what is in the file: zeros, and bytes when it is compressed."""
+def _measured(made: Checkpoint, folder: Path, world: World) -> Checkpoint:
+    """With what is in the file, on rank 0, which describes it: zeros, and bytes when it is compressed."""
+    if not world.is_main:
+        return made
     found = {kind.kind: [kind.weights, kind.zeros] for kind in sparsities(folder / "model")}
     return replace(made, sparsity=found, compressed_bytes=file_sizes(folder / "model").compressed_bytes)
 
