@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -173,7 +173,7 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     meter = Meter(world, torch.tensor([getattr(run.loss, part) for part in PARTS]), Arithmetic.of(model), _peak_flops(world, config))
     learner = Learner(model, divergence=run.divergence, vocabulary=run.vocabulary, live=live if run.soft == "live" else None)
-    with ExitStack() as stack:
+    with _host_threads(world, config), ExitStack() as stack:
         stack.callback(learner.release)
         engine = open_engine(learner.train(), world, config)
         stack.callback(engine.release)
@@ -181,17 +181,14 @@ def train(
         resumed = engine.resume(run.folder / "state")
         start, earlier = (resumed.step, resumed.state["seconds"]) if resumed else (0, 0.0)
         best = Best(**resumed.state["best"]) if resumed else Best()
-        step, ended = start, _has_waited(best, config)
+        step, ended = start, _has_waited(best, run, start)
         validate_every, save_every = (every or run.order.steps_per_epoch for every in (config.validate_every, config.save_every))
         tracker = stack.enter_context(open_tracker(start))
         progress = stack.enter_context(StageProgress(run.title, run.num_steps, "steps", enabled=world.is_main))
         signal = stack.enter_context(catching())
-        stack.enter_context(_host_threads(world, config))
-        if batches.packed:
-            stack.enter_context(learner.packed())
+        stack.enter_context(learner.packed() if batches.packed else nullcontext())
         progress.advance(start)
-        if run.masks is not None and start == 0 and run.masks.is_due(0):
-            run.masks.tighten(engine, world, 0, _PREFIX)
+        best = _tightened(run, engine, world, 0, best) if start == 0 else best
         while step < run.num_steps and not ended:
             torch.manual_seed((run.seed << 32) + (step << 12) + world.rank)
             sequences = run.sequences_of(step)
@@ -203,9 +200,7 @@ def train(
                 sums += passes(scale, batch, last=number == len(micro) - 1)
             meter.add(step + 1, sums, counts, engine.step(rate), rate, sequences, [run.rows[n].id for n in run.order.rows_of(step)])
             step += 1
-            if run.masks is not None and run.masks.is_due(step):
-                run.masks.tighten(engine, world, step, _PREFIX)
-                best = Best()
+            best = _tightened(run, engine, world, step, best)
             validates = step % validate_every == 0 or step == run.num_steps
             saves = run.resumable and (step % save_every == 0 or step == run.num_steps)
             if engine.zero_stage or validates or saves or step % config.log_every == 0:
@@ -213,10 +208,9 @@ def train(
                 if validates:
                     best = _validated(engine, batches, run, tracker, step, best, keeper)
                     meter.restart()
-                ended = _has_waited(best, config)
+                ended = _has_waited(best, run, step)
                 if saves or (run.resumable and (ended or stopping)):
-                    seconds = earlier + time.monotonic() - started
-                    engine.save(run.folder / "state", step, {"best": asdict(best), "seconds": seconds})
+                    engine.save(run.folder / "state", step, {"best": asdict(best), "seconds": earlier + time.monotonic() - started})
                     keeper.settle(best.step)
                     meter.restart()
                 if stopping and not ended and step < run.num_steps:
@@ -347,8 +341,17 @@ def _stopped(run: TrainingRun, step: int) -> Stopped:
     return Stopped(f"{run.title}: stopped by a signal after step {step} of {run.num_steps}; {kept}")
 
 
-def _has_waited(best: Best, config: TrainingConfig) -> bool:
-    return config.patience is not None and best.waited >= config.patience
+def _tightened(run: TrainingRun, engine: TrainEngine, world: World, step: int, best: Best) -> Best:
+    """Prunes where that is due after this step; what was the best before has lost too little to be chosen."""
+    if run.masks is None or not run.masks.is_due(step):
+        return best
+    run.masks.tighten(engine, world, step, _PREFIX)
+    return Best()
+
+
+def _has_waited(best: Best, run: TrainingRun, step: int) -> bool:
+    is_pruning = run.masks is not None and step < run.masks.end
+    return run.config.patience is not None and best.waited >= run.config.patience and not is_pruning
 
 
 @contextmanager

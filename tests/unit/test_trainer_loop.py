@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 from data.prompts import TextFormat
 from data.rows import TrainRow, TrainSequence
 from data.soft_labels import TopK
-from train.config import LossConfig, TrackingConfig, TrainingConfig
+from train.config import LossConfig, StudentPruneConfig, TrackingConfig, TrainingConfig
 from train.keepers import Gather, InMemory
+from train.pruning.gradual import weight_schedule
 from train.signals import Stopped
 from train.tracking import Tracker, read_log
 from train.trainer import Trained, TrainingRun, train
@@ -265,3 +266,46 @@ def test_activation_checkpointing_computes_each_layer_twice_and_changes_nothing(
     assert found["again"][1] == 2 * found["kept"][1] > 0
     for name, value in found["kept"][0].items():
         torch.testing.assert_close(found["again"][0][name], value, rtol=0, atol=1e-5)
+
+
+# Masks
+
+
+def pruned(given: TrainingRun, **knobs: Any) -> TrainingRun:
+    config = StudentPruneConfig.model_validate({"method": "magnitude", "fraction": 0.5, **knobs})
+    names = [name for name, parameter in tiny().named_parameters() if "_proj" in name and parameter.dim() == 2]
+    return dataclasses.replace(given, masks=weight_schedule(config, names, {}, given.num_steps))
+
+
+def zeros(weights: Mapping[str, Tensor]) -> float:
+    matrices = [value for name, value in weights.items() if "_proj" in name]
+    return sum(int((value == 0).sum()) for value in matrices) / sum(value.numel() for value in matrices)
+
+
+def test_the_best_of_a_gradual_pruning_has_lost_all_it_should_however_little_patience_there_is(tmp_path: Path) -> None:
+    given = run(tmp_path, learning_rate=1e-30, validate_every=1, patience=1)
+    keeper = KeepsEach()
+    found = trained(tiny(), pruned(given, schedule="cubic", every=2, until=0.5), keeper=keeper)
+    # Nothing is learnt, so that without masks the second validation would end it; they change after steps 2, 4 and 6.
+    assert (found.steps, found.best.step) == (7, 6)
+    assert [round(zeros(keeper.each[step]), 2) for step in (1, 2, 4, 6)] == [0.0, 0.35, 0.48, 0.5]
+    assert zeros(keeper.best) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_pruned_in_one_shot_it_is_so_from_the_first_step(tmp_path: Path) -> None:
+    keeper = KeepsEach()
+    trained(tiny(), pruned(run(tmp_path, validate_every=1)), keeper=keeper)
+    assert all(zeros(weights) == pytest.approx(0.5, abs=1e-3) for weights in keeper.each.values())
+    assert 1 in keeper.each
+
+
+def test_a_pruning_that_is_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole, stopped = (pruned(run(tmp_path / name), schedule="cubic", every=2, until=0.75) for name in ("whole", "stopped"))
+    plain, resumed = tiny(), tiny()
+    trained(plain, whole)
+    with pytest.raises(Stopped):
+        trained(resumed, stopped, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
+    resumed = tiny()
+    trained(resumed, stopped)
+    assert_same_bits(weights(resumed), weights(plain))
+    assert zeros(weights(resumed)) == pytest.approx(0.5, abs=1e-3)
