@@ -25,6 +25,7 @@ from train.artifacts import EvalResult, Records, write_json
 from train.progress import StageProgress
 from train.runtimes import Device, Runtime, answers, model_bytes, open_runtime
 from train.scoring import equal, parse_answer
+from train.told import status_of
 
 ANSWERS = "answers.jsonl"
 TIMED_BATCH_SIZES = (1, 32)
@@ -278,14 +279,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m train.evaluate REQUEST.json", file=sys.stderr)
         return 2
-    try:
-        run(EvalRequest.read(Path(arguments[0])))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return status_of(lambda: run(EvalRequest.read(Path(arguments[0]))))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from train.pruning.requests import MEASURED, Pruned, PruneRequest, Scan
 from train.pruning.sizes import file_sizes, sparsities
 from train.sources import quiet
 from train.tokenization import load_tokenizer, save_tokenizer
+from train.told import status_of
 
 KEY = "prune"
 _TEXTS, _TOKENS = 64, 512
@@ -112,14 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         # Libraries that look whether DeepSpeed is there have it print which accelerator it fell back to.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        run(PruneRequest.read(Path(arguments[0])))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return status_of(lambda: run(PruneRequest.read(Path(arguments[0]))))
 
 
 if __name__ == "__main__":
