@@ -203,6 +203,11 @@ class FlatEngine:
         if self.bf16:
             self._weights.copy_(self._masters)
 
+    @property
+    def holding(self) -> object | None:
+        """Tells backward passes under other masks apart (`HeldMasks.holding`): a recorded one masks as it did then."""
+        return self._masks.holding
+
     def gather_weights(self) -> dict[str, Tensor]:
         """All parameters (the masters of those trained) and buffers in fp32 on the CPU, on rank 0; an empty mapping elsewhere."""
         if not self.world.is_main:

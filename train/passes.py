@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,17 @@ class _Recorded:
     """What it writes, valid until the next replay of any graph."""
 
 
-_RECORDED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Recorded | None]] = weakref.WeakKeyDictionary()
-"""What was recorded of a model, by size and settings (None: seen once); of use in its next training too, while its buffers stay."""
+@dataclass(slots=True)
+class _Recordings:
+    """What was recorded of a model; of use in its next training too, while its buffers stay."""
+
+    passes: dict[Hashable, _Recorded | None] = field(default_factory=dict)
+    """By size and settings; None: seen once."""
+    holding: object | None = None
+    """The masks that they apply to gradients (`FlatEngine.holding`)."""
+
+
+_RECORDED: weakref.WeakKeyDictionary[PreTrainedModel, _Recordings] = weakref.WeakKeyDictionary()
 
 
 class GraphedPasses:
@@ -51,8 +60,8 @@ class GraphedPasses:
         """
         self._learner, self._engine, self._longest = learner, engine, longest
         if not engine.reused or learner.model not in _RECORDED:
-            _RECORDED[learner.model] = {}
-        self._recorded = _RECORDED[learner.model]
+            _RECORDED[learner.model] = _Recordings()
+        self._recordings = _RECORDED[learner.model]
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, scale: Tensor, batch: StudentBatch, *, last: bool) -> Tensor:
@@ -67,13 +76,17 @@ class GraphedPasses:
             [3] the sums of the losses, valid until the next call.
         """
         filled = replace(rounded(batch), longest=max(self._longest, batch.longest))
-        key = self._key(filled, last)
-        if key not in self._recorded:
-            self._recorded[key] = None
+        key, recorded = self._key(filled, last), self._recordings.passes
+        if self._recordings.holding is not self._engine.holding:
+            recorded.clear()
+            self._recordings.holding = self._engine.holding
+            self._pool = torch.cuda.graph_pool_handle()  # that of the graphs went with the last of them
+        if key not in recorded:
+            recorded[key] = None
             return forward_backward(self._engine, scale, filled.to(scale.device), last=last)
-        found = self._recorded[key]
+        found = recorded[key]
         if found is None:
-            found = self._recorded[key] = self._record(scale, filled.to(scale.device), last)
+            found = recorded[key] = self._record(scale, filled.to(scale.device), last)
         for source, target in zip(_tensors(filled), _tensors(found.batch), strict=True):
             target.copy_(source.pin_memory(), non_blocking=True)
         found.scale.copy_(scale)
@@ -175,5 +188,5 @@ def open_passes(learner: Learner, engine: TrainEngine, config: TrainingConfig, *
 
 
 def _tensors(batch: StudentBatch) -> list[Tensor]:
-    values: list[Any] = [getattr(batch, field.name) for field in fields(batch)]
+    values: list[Any] = [getattr(batch, each.name) for each in fields(batch)]
     return [value for value in values if isinstance(value, Tensor)]

@@ -32,6 +32,8 @@ class HeldMasks:
         self._trained, self._device = trained, device
         self._masks: dict[str, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.holding: object | None = None
+        """What tells backward passes apart: another object whenever a parameter gets its first mask, None without masks."""
 
     def hold(self, masks: Mapping[str, Tensor], shard: Shard) -> None:
         """Sets what the masks leave out to zero in a process's share, and its gradients from now on.
@@ -69,7 +71,7 @@ class HeldMasks:
         """Leaves the parameters alone from now on."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._masks = [], {}
+        self._hooks, self._masks, self.holding = [], {}, None
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -81,6 +83,7 @@ class HeldMasks:
                 self._masks[name] = mask.to(self._device, copy=True)
                 hook = self._trained[name].register_hook(_masked_by(self._masks[name]))  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
+                self.holding = object()
 
     def _shape(self, name: str) -> torch.Size:
         parameter = self._trained[name]
