@@ -133,6 +133,13 @@ def test_what_is_out_stays_out_whatever_it_scores_later(early: Tensor, late: Ten
     assert all(torch.equal(after[name], again) for name, again in keep_globally({"a": late, "b": early}, more, after).items())
 
 
+def test_a_row_never_gets_a_weight_back_as_more_is_taken_out_of_the_matrix() -> None:
+    lost = torch.stack([(~keep_in_rows(torch.ones(7, 12), total / 84)).sum(dim=1) for total in range(84)])
+    assert lost.sum(dim=1).tolist() == list(range(84))
+    assert (lost.diff(dim=0) >= 0).all()
+    assert int((lost.amax(dim=1) - lost.amin(dim=1)).max()) == 1
+
+
 def test_the_cubic_schedule_is_that_of_the_paper() -> None:
     found = [cubic(step, begin=10, end=30, fraction=0.8) for step in (0, 9, 10, 15, 20, 30, 31)]
     assert found == pytest.approx([0, 0, 0, 0.8 * (1 - 0.75**3), 0.8 * (1 - 0.5**3), 0.8, 0.8])

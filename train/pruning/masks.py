@@ -38,7 +38,8 @@ def keep_in_matrix(scores: Tensor, fraction: float, before: Tensor | None = None
 def keep_in_rows(scores: Tensor, fraction: float, before: Tensor | None = None) -> Tensor:
     """The same with as many weights out of each row, to one: Wanda's choice, which compares weights of one output only.
 
-    Which rows lose the one more is so dealt out that the whole matrix loses `fraction` of its weights, to the nearest whole number.
+    The first rows lose one more than the others, as many of them as it takes for the whole matrix to lose `fraction` of its weights, to the
+    nearest whole number.
 
     Args:
         scores: [out, in].
@@ -47,9 +48,8 @@ def keep_in_rows(scores: Tensor, fraction: float, before: Tensor | None = None) 
     """
     rows, columns = scores.shape
     total = rows * columns - _num_kept(rows * columns, fraction)
-    # Row r ends where (r + 1) / rows of all are out, so that a larger total takes no fewer from any row.
-    ends = torch.arange(1, rows + 1, device=scores.device) * total // rows
-    out = torch.diff(ends, prepend=ends.new_zeros(1))
+    # The first rows lose the one more, always in this order, so that a larger total takes no fewer from any row.
+    out = total // rows + (torch.arange(rows, device=scores.device) < total % rows).long()
     order = _ranked(scores, before).sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(columns, device=scores.device).expand(rows, columns)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, places < columns - out[:, None])
