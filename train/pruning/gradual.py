@@ -16,8 +16,9 @@ from train.pruning.scores import neuron_norm
 from train.slicing import largest
 from train.world import World
 
-Chooser = Callable[[Mapping[str, Tensor], float], dict[str, Tensor]]
-"""From whole weights, by parameter, and a fraction to masks, by parameter. What is 0 already stays out."""
+Chooser = Callable[[Mapping[str, Tensor], float, torch.device], dict[str, Tensor]]
+"""From whole weights on the CPU, by parameter, and a fraction to masks, by parameter; the device is there to compute on. What is 0 already
+stays out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class MaskSchedule:
         masks: dict[str, Tensor] = {}
         if world.is_main:
             weights = {name: gathered[prefix + name] for name in self.parameters}
-            masks = self.choose(weights, cubic(step, begin=0, end=self.end, fraction=self.fraction))
+            masks = self.choose(weights, cubic(step, begin=0, end=self.end, fraction=self.fraction), world.device)
         engine.hold({prefix + name: mask for name, mask in _shared(masks, self.parameters, world).items()})
 
 
@@ -66,8 +67,9 @@ def weight_schedule(
         num_steps: of the training.
     """
 
-    def choose(weights: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-        return choose_weights(weights, config, fraction, mean_squares, {name: weight != 0 for name, weight in weights.items()})
+    def choose(weights: Mapping[str, Tensor], fraction: float, device: torch.device) -> dict[str, Tensor]:
+        before = {name: weight != 0 for name, weight in weights.items()}
+        return choose_weights(weights, config, fraction, mean_squares, before, device)
 
     return _schedule(config, choose, parameters, num_steps)
 
@@ -93,7 +95,8 @@ def neuron_schedule(config: StudentPruneConfig, layers: Sequence[NeuronNames], n
         num_steps: of the training.
     """
 
-    def choose(weights: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    def choose(weights: Mapping[str, Tensor], fraction: float, device: torch.device) -> dict[str, Tensor]:
+        del device  # the norms of neurons take less time than their way there
         masks: dict[str, Tensor] = {}
         for layer in layers:
             total = weights[layer.outer].shape[1]

@@ -98,8 +98,9 @@ def choose_weights(
     fraction: float,
     mean_squares: Mapping[str, Tensor],
     before: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Masks of single weights, by parameter.
+    """Masks of single weights, by parameter, each where its parameter lies.
 
     Args:
         weights: matrices [out, in], by parameter; m of a pattern divides their rows.
@@ -107,14 +108,27 @@ def choose_weights(
         fraction: to take out, where there is no pattern.
         mean_squares: of the inputs, by parameter; for wanda.
         before: masks so far.
+        device: where one matrix at a time is scored and sorted (all of them together with the scope global, where they lie); where the
+            parameter lies, if left out.
     """
-    scores = {name: wanda(w, mean_squares[name]) if config.method == "wanda" else magnitude(w) for name, w in weights.items()}
-    if config.n_of_m is not None:
-        return {name: keep_n_of_m(values, *config.n_of_m) for name, values in scores.items()}
+
+    def scores_of(name: str, weight: Tensor) -> Tensor:
+        return wanda(weight, mean_squares[name]) if config.method == "wanda" else magnitude(weight)
+
+    def mask_of(scores: Tensor, so_far: Tensor | None) -> Tensor:
+        if config.n_of_m is not None:
+            return keep_n_of_m(scores, *config.n_of_m)
+        choose = keep_in_rows if config.method == "wanda" else keep_in_matrix
+        return choose(scores, fraction, so_far)
+
     if config.scope == "global":
-        return keep_globally(scores, fraction, before)
-    choose = keep_in_rows if config.method == "wanda" else keep_in_matrix
-    return {name: choose(values, fraction, before[name] if before else None) for name, values in scores.items()}
+        return keep_globally({name: scores_of(name, weight) for name, weight in weights.items()}, fraction, before)
+    masks = {}
+    for name, weight in weights.items():
+        place = weight.device if device is None else device
+        so_far = before[name].to(place) if before else None
+        masks[name] = mask_of(scores_of(name, weight.to(place)), so_far).to(weight.device)
+    return masks
 
 
 def check_pattern(linears: Mapping[str, nn.Linear], config: PruneConfig, key: str) -> None:

@@ -77,7 +77,7 @@ def run(
         return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=0.0), folder, world)
     own_seed = seed if config.seed is None else config.seed
     training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, "recover from pruning")
-    masks = _masks(model, settings, samples, training.num_steps)
+    masks = masks_of(model, settings, samples, training.num_steps)
     if masks is None:
         prune(model, settings, samples, KEY)
     live = live_teacher(inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
@@ -98,7 +98,7 @@ def _measured(made: Checkpoint, folder: Path, world: World) -> Checkpoint:
     return replace(made, sparsity=found, compressed_bytes=file_sizes(folder / "model").compressed_bytes)
 
 
-def _masks(model: PreTrainedModel, config: StudentPruneConfig, samples: Sequence[Sample], num_steps: int) -> MaskSchedule | None:
+def masks_of(model: PreTrainedModel, config: StudentPruneConfig, samples: Sequence[Sample], num_steps: int) -> MaskSchedule | None:
     """What the training has to hold; None where the model is made smaller before it."""
     if config.makes_zeros:
         linears = prunable(model, config.exclude, KEY)
