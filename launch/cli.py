@@ -66,7 +66,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from launch.config import load_config
-    from launch.local import run_pipeline
+    from launch.local import check_all_made, run_pipeline
     from launch.rundir import run_folder
     from launch.summary import report
 
@@ -75,6 +75,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     finished = run_pipeline(loaded, console)
     folder = run_folder(loaded)
     report(folder, console, frozenset(f.stage.name for f in finished if f.skipped))
+    check_all_made(finished)
     deployed = [f.stage for f in finished if f.stage.kind == "deploy"][-1]
     console.print(f"to ship: {deployed.folder / 'model'}", soft_wrap=True, highlight=False, markup=False)
     console.print(f'try it:  stepdown predict {folder} "..."', soft_wrap=True, highlight=False, markup=False)
@@ -85,9 +86,9 @@ def _until(kind: str, does: str) -> None:
         from rich.console import Console
 
         from launch.config import load_config
-        from launch.local import run_pipeline
+        from launch.local import check_all_made, run_pipeline
 
-        run_pipeline(load_config(config, overrides or ()), Console(), until=kind)
+        check_all_made(run_pipeline(load_config(config, overrides or ()), Console(), until=kind))
 
     stage.__doc__ = does
     app.command(name=kind)(_told(stage))

@@ -21,9 +21,12 @@ from data.tasks import prepare
 from launch.agent import PARENT
 from launch.config import Config
 from launch.hardware import cpu_count, detect
-from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, made_by, stages, task_stage
+from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, made_by, shipped, stages, task_stage
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
+from train.deploy.request import DeployRequest
+from train.deploy.request import command as deploy_command
+from train.deploy.targets import TARGETS
 from train.evaluate import EvalRequest, command
 from train.signals import SIGNALS, STOPPED, handling
 from train.tracking import Tracker
@@ -35,6 +38,7 @@ class Finished:
 
     stage: Stage
     artifact: Any
+    """None where it made nothing: a target that cannot be deployed, which leaves the others unharmed."""
     skipped: bool
 
 
@@ -45,6 +49,9 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         config: of the run.
         console: where progress is told.
         until: one of `KINDS`.
+
+    Returns:
+        The stages in their order, without those that had nothing to measure; `check_all_made` tells of those that made nothing.
 
     Raises:
         ValueError: for what the user wrote.
@@ -70,13 +77,29 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         for stage in (s for s in wanted if s.place == "worker"):
             finished.append(_finished(stage, stage.name in before))
             _tell(finished[-1], console)
-        for stage in (s for s in wanted if s.place == "process"):
-            if not stage.is_done:
-                _evaluate(stage, config, table)
-            finished.append(_finished(stage, stage.name in before))
-            _tell(finished[-1], console)
-        _track_evaluations([f for f in finished if f.stage.kind == "evaluate" and not f.skipped], config, folder)
+        for stage in (s for s in wanted if s.place == "process" and made_from(s, config, table).is_done):
+            made_it = stage.is_done or (_deploy if stage.kind == "deploy" else _evaluate)(stage, config, table)
+            finished.append(_finished(stage, stage.name in before) if made_it else Finished(stage, None, skipped=False))
+            if made_it:
+                _tell(finished[-1], console)
+        _track([f for f in finished if f.stage.place == "process" and f.artifact is not None and not f.skipped], config, folder)
     return finished
+
+
+def check_all_made(finished: Sequence[Finished]) -> None:
+    """That every target was made.
+
+    Raises:
+        RuntimeError: if one was not; its own message has been told.
+    """
+    lost = [f.stage.detail for f in finished if f.artifact is None]
+    if lost:
+        raise RuntimeError(f"not made: {', '.join(lost)} (the reason stands above); all else is done, and the same command tries again")
+
+
+def made_from(stage: Stage, config: Config, table: Mapping[str, Stage]) -> Stage:
+    """The stage whose model a stage deploys or measures."""
+    return shipped(config, table) if stage.kind == "deploy" else made_by(config, table, stage.detail)
 
 
 def worker_command(folder: Path, processes: int, names: Sequence[str]) -> list[str]:
@@ -149,7 +172,7 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
     parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
     return EvalRequest(
         **common,
-        runtime="ctranslate2" if deployed else "transformers",
+        runtime=TARGETS[stage.detail].runtime if deployed else "transformers",
         records_folder=None,
         model_folder=str(made / "model"),
         part=form.part,
@@ -222,24 +245,40 @@ def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
         raise RuntimeError(f"the worker ended with status {status}; what is done is kept: the same command goes on from there")
 
 
-def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> None:
+def _deploy(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
+    """Whether the file was made; where not, its process has said why."""
+    request = stage.folder / "request.json"
+    trained, task, teach = shipped(config, table).folder, table[TASK].folder, table[TEACH].folder
+    DeployRequest(stage.detail, str(trained), str(task), str(teach), str(stage.folder)).write(request)
+    return supervise(deploy_command(request), worker_environment(1, cpu_count(), config.launch.device)) == 0
+
+
+def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     request = stage.folder / "request.json"
     eval_request(stage, config, table).write(request)
     status = supervise(command(request), worker_environment(1, cpu_count(), config.launch.device))
     if status:
         raise RuntimeError(f"{stage.name} ended with status {status}; what is done is kept: the same command goes on from there")
+    return True
 
 
-def _track_evaluations(evaluated: Sequence[Finished], config: Config, folder: Path) -> None:
-    if not evaluated:
+def _track(finished: Sequence[Finished], config: Config, folder: Path) -> None:
+    if not finished:
         return
     settings = {"config": config.model_dump(mode="json")}
     with Tracker(folder / "evaluate", config.tracking, group=config.name, job_type="evaluate", settings=settings, enabled=True) as tracker:
-        for step, found in enumerate(evaluated, start=1):
-            result: EvalResult = found.artifact
-            rates = {f"examples_per_second_batch_{size}": rate for size, rate in (result.examples_per_second or {}).items()}
-            values = {"accuracy": result.num_correct / result.num_items, "weight_bytes": result.weight_bytes, **rates}
-            tracker.log(step, {f"{result.rung}/{name}": value for name, value in values.items() if value is not None})
+        for step, found in enumerate(finished, start=1):
+            values = _deployed_figures(found.artifact) if found.stage.kind == "deploy" else _measured_figures(found.artifact)
+            tracker.log(step, {f"{found.stage.detail}/{name}": value for name, value in values.items() if value is not None})
+
+
+def _deployed_figures(made: DeployedModel) -> dict[str, float | None]:
+    return {"bits_a_weight": made.bits_a_weight, "error_nats": made.error_nats, "deploy_seconds": made.seconds}
+
+
+def _measured_figures(result: EvalResult) -> dict[str, float | None]:
+    rates = {f"examples_per_second_batch_{size}": rate for size, rate in (result.examples_per_second or {}).items()}
+    return {"accuracy": result.num_correct / result.num_items, "weight_bytes": result.weight_bytes, **rates}
 
 
 def _tell(found: Finished, console: Console) -> None:

@@ -90,7 +90,7 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
         table[PRUNE] = _stage(config, PRUNE, {**inputs, "prune": hashed(prune), "train": trained.key}, "worker")
     for target in config.deploy.targets:
         inputs = {"target": target, "train": shipped(config, table).key}
-        table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", inputs, "worker")
+        table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", inputs, "process")
     for rung, of in _rungs(config).items():
         inputs = {
             "task": task.digest,

@@ -17,11 +17,11 @@ from data.tasks import Task, read_task
 from launch.agent import die_with_parent
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
-from launch.pipeline import PRUNE, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
+from launch.pipeline import PRUNE, TASK, TEACH, TUNE, Stage, stages, task_stage
 from launch.plan import cpu_teacher_plan, teacher_plan, weight_bytes
 from launch.rundir import locked, run_folder, writing
 from train.artifacts import Artifact, Checkpoint, TaskFiles
-from train.config import Arm, DeployTarget
+from train.config import Arm
 from train.signals import STOPPED, Stopped
 from train.tracking import Tracker
 
@@ -65,29 +65,8 @@ def _run(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, w
         return _teach(stage, config, table, task, world)
     if stage.kind == "train":
         return _train(stage, config, table, task, world)
-    if stage.kind == PRUNE:
-        return _prune(stage, config, table, task, world)
-    assert stage.kind == "deploy", stage.name
-    return _deploy(stage, config, table, world)
-
-
-def _deploy(stage: Stage, config: Config, table: Mapping[str, Stage], world: World) -> Artifact:
-    """One process converts; the others wait, and fail with it."""
-    from train.deploy import stage as deploy
-
-    trained = shipped(config, table).folder
-    artifact: Artifact = Checkpoint.read(trained)
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            with _tracker(stage, config, world)(0) as tracker:
-                made = deploy.run(cast(DeployTarget, stage.detail), Checkpoint.read(trained), trained, stage.folder)
-                tracker.log(1, {"weight_bytes": made.weight_bytes, "total_bytes": made.total_bytes, "seconds": made.seconds})
-            artifact = made
-        except (ValueError, RuntimeError, OSError) as caught:
-            error = caught
-    world.agree(error)
-    return artifact
+    assert stage.kind == PRUNE, stage.name
+    return _prune(stage, config, table, task, world)
 
 
 def _layout(config: Config, tuned: Path | None, world: World) -> Layout:

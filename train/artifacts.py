@@ -122,6 +122,16 @@ class DeployedModel(Artifact):
     max_input_tokens: int
     max_label_tokens: int
     seconds: float = 0.0
+    bits_a_parameter: float | None = None
+    """Measured in the file, over all of its tensors."""
+    bits_a_weight: float | None = None
+    """Of the matrices of the model's layers, with scales and zero points."""
+    error_nats: float | None = None
+    """Mean distance of log-probabilities to the fp32 model's, on tokens of training rows."""
+    types: dict[str, int] = field(default_factory=dict)
+    """Tensors by what they are stored as."""
+    fallbacks: list[str] = field(default_factory=list)
+    """Matrices of the layers that are stored as something else than the target says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,18 @@ from data.config import RationalesConfig, Section, SoftLabelsConfig
 
 Arm = Literal["labels_only", "step_by_step", "soft_labels", "step_by_step_soft", "single_task"]
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
-DeployTarget = Literal["ctranslate2-float32", "ctranslate2-float16", "ctranslate2-int8", "ctranslate2-int8_float16"]
+DeployTarget = Literal[
+    "ctranslate2-float32",
+    "ctranslate2-float16",
+    "ctranslate2-int8",
+    "ctranslate2-int8_float16",
+    "gguf-f16",
+    "gguf-q8_0",
+    "gguf-q5_1",
+    "gguf-q4_0",
+    "gguf-tq2_0",
+    "gguf-tq1_0",
+]
 Sharding = Literal["auto", "replica", "tensor", "zero3"]
 MAX_SERVER_LOG_PROBS = 20
 """Most log-probabilities a token that servers of OpenAI's API give."""

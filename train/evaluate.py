@@ -23,7 +23,7 @@ from data.examples import TaskExample, read_examples
 from data.prompts import Part, label_of
 from train.artifacts import EvalResult, Records, write_json
 from train.progress import StageProgress
-from train.runtimes import Device, Runtime, answers, model_bytes, open_runtime
+from train.runtimes import Device, Runtime, RuntimeKind, answers, model_bytes, open_runtime
 from train.scoring import equal, parse_answer
 from train.told import status_of
 
@@ -38,7 +38,7 @@ class EvalRequest:
     """What to measure; paths are text, so that the request is plain JSON."""
 
     rung: str
-    runtime: Literal["transformers", "ctranslate2", "records"]
+    runtime: RuntimeKind | Literal["records"]
     """records: the answers stand in the teacher's records already."""
     model_folder: str | None
     """The model to load; with `records` it is only timed (a teacher that fits one device)."""
@@ -207,7 +207,7 @@ def _from_records(request: EvalRequest, examples: Sequence[TaskExample]) -> tupl
     return _recorded(Path(request.records_folder), examples), serving
 
 
-def _load(request: EvalRequest, kind: Literal["transformers", "ctranslate2"], folder: str) -> tuple[Runtime, float]:
+def _load(request: EvalRequest, kind: RuntimeKind, folder: str) -> tuple[Runtime, float]:
     begin = time.perf_counter()
     threads = request.threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     runtime = open_runtime(kind, Path(folder), device=request.device, dtype=request.dtype, threads=threads)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["auto", "cpu", "cuda"]
-RuntimeKind = Literal["transformers", "ctranslate2"]
+RuntimeKind = Literal["transformers", "ctranslate2", "llama_cpp"]
 
 
 class Runtime(Protocol):
@@ -43,6 +43,9 @@ class Runtime(Protocol):
 
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of one batch of prompts, without the end-of-sequence token."""
+
+    def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> list[float]:
+        """Natural log-probabilities of the tokens of `target`, one after the other, after `prompt`."""
 
     def peak_device_bytes(self) -> int | None:
         """Most GPU memory held; None on a CPU, or where the engine does not tell."""
@@ -125,6 +128,19 @@ class TransformersRuntime:
         first = ids.shape[1] if self.family == "decoder_only" else 1
         return [until(row, self.format.eos_id) for row in output[:, first:].tolist()]
 
+    def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> list[float]:
+        """Natural log-probabilities that the model gives to the tokens of `target`, one after the other, after `prompt`."""
+        import torch
+
+        ids, ends = torch.tensor([list(prompt)], device=self.device), torch.tensor([list(target)], device=self.device)
+        with torch.inference_mode():
+            if self.family == "decoder_only":
+                logits = self._model(input_ids=torch.cat([ids, ends[:, :-1]], dim=1), use_cache=False).logits[0, len(prompt) - 1 :]
+            else:
+                logits = self._model(input_ids=ids, labels=ends, use_cache=False).logits[0]
+            found = logits.float().log_softmax(dim=-1).gather(1, ends[0, :, None])[:, 0]
+        return [float(value) for value in found]
+
     def peak_device_bytes(self) -> int | None:
         """Most GPU memory that torch has held; None on a CPU."""
         import torch
@@ -157,7 +173,7 @@ def until(ids: list[int], eos_id: int) -> list[int]:
 def model_bytes(folder: Path) -> tuple[int, int]:
     """Bytes of a model folder's weights alone (safetensors, or a deployed model's file), and of all its files."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    weights = sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin"))
+    weights = sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin", ".gguf"))
     return weights, sum(path.stat().st_size for path in files)
 
 
@@ -172,6 +188,10 @@ def open_runtime(
     """
     if kind == "transformers":
         return TransformersRuntime(folder, device=device, dtype=dtype, threads=threads)
+    if kind == "llama_cpp":
+        from train.deploy.llama_cpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(folder, device=device, threads=threads)
     from train.deploy.ctranslate2 import Ctranslate2Runtime
 
     return Ctranslate2Runtime(folder, device=device, threads=threads)

@@ -36,7 +36,8 @@ from data.store import shard_path, write_shard
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Family
 from train.config import ScratchModel
 from train.deploy import stage
-from train.deploy.ctranslate2 import Ctranslate2Runtime, convert
+from train.deploy.ctranslate2 import Ctranslate2Runtime, convert, stored
+from train.deploy.request import DeployRequest
 from train.evaluate import EvalRequest, command
 from train.models import encoder, load_model, num_parameters, save_model, text_format
 from train.runtimes import TransformersRuntime, answers
@@ -109,7 +110,17 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = _train(request.param, folder)
     targets = ("ctranslate2-float32", "ctranslate2-int8")
-    return Student(folder, checkpoint, {target: stage.run(target, checkpoint, folder, folder / target) for target in targets})
+    checkpoint.write(folder)
+    return Student(folder, checkpoint, {target: _deployed(target, folder, folder / target) for target in targets})
+
+
+def _deployed(target: str, trained: Path, out: Path) -> DeployedModel:
+    """The stage as the pipeline runs it, on a task whose training rows are the first pairs."""
+    task = out.with_name(f"{out.name}-task")
+    task.mkdir(exist_ok=True)
+    for split, pairs in {"train": PAIRS[:20], "test": PAIRS[20:30]}.items():
+        write_examples(task / f"{split}.jsonl", [TaskExample(str(i), text, label) for i, (text, label) in enumerate(pairs)])
+    return stage.run(DeployRequest(target, str(trained), str(task), str(task), str(out)))
 
 
 def _predictions(runtime: Any, batch_size: int = 32) -> list[str]:
@@ -282,22 +293,28 @@ def test_a_folder_without_weights_is_refused(student: Student, tmp_path: Path) -
 
 
 def test_deploy_again_replaces_what_a_killed_run_left(student: Student, tmp_path: Path) -> None:
-    left = tmp_path / ".model.unchecked"
-    left.mkdir()
+    left = tmp_path / "out" / ".model.unchecked"
+    left.mkdir(parents=True)
     (left / "model.bin").write_bytes(b"half")
-    again = stage.run("ctranslate2-int8", student.checkpoint, student.folder, tmp_path)
+    again = _deployed("ctranslate2-int8", student.folder, tmp_path / "out")
     assert (again.weight_bytes, again.total_bytes) == (
         student.deployed["ctranslate2-int8"].weight_bytes,
         student.deployed["ctranslate2-int8"].total_bytes,
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact.json", "model"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["artifact.json", "model", "verified.json", "verify.json"]
 
 
-def test_a_source_smaller_than_its_deployed_file_is_told(student: Student) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"deploy.targets: ctranslate2-int8 takes [\d,]+ bytes, not fewer than its fp32 source \(1,000\)"
-    ):
-        stage.check("ctranslate2-int8", student.model("ctranslate2-int8"), 1000)
+def test_what_the_file_holds_adds_up_to_its_bytes(student: Student) -> None:
+    for target, kind, bits in (("ctranslate2-float32", "float32", 32.0), ("ctranslate2-int8", "int8", 8.3)):
+        tensors, path = stored(student.model(target)), student.model(target) / "model.bin"
+        matrices = [tensor for tensor in tensors if tensor.is_matrix]
+        assert 0 < path.stat().st_size - sum(tensor.num_bytes for tensor in tensors) < 0.1 * path.stat().st_size, "names and sizes"
+        assert {tensor.type for tensor in matrices} == {kind}
+        assert max(tensor.bits for tensor in matrices) == pytest.approx(bits, abs=0.8)
+        made = student.deployed[target]
+        assert (made.fallbacks, sum(made.types.values())) == ([], len(tensors))
+        assert made.error_nats is not None
+        assert made.error_nats < (1e-4 if target.endswith("float32") else 0.1)
 
 
 def test_weights_that_are_not_finite_are_told(student: Student, tmp_path: Path) -> None:
@@ -305,9 +322,11 @@ def test_weights_that_are_not_finite_are_told(student: Student, tmp_path: Path) 
     with torch.no_grad():
         runtime._model.get_input_embeddings().weight.fill_(float("nan"))
     save_model(runtime._model, runtime._tokenizer, runtime.format, tmp_path / "model")
+    student.checkpoint.write(tmp_path)
     with pytest.raises(RuntimeError, match=r"ctranslate2-float32 gives log-probabilities that are not finite"):
-        stage.run("ctranslate2-float32", student.checkpoint, tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out" / "model").exists()
+        _deployed("ctranslate2-float32", tmp_path, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*model*"))
+    assert not (tmp_path / "out" / ".model.unchecked").exists()
     assert not (tmp_path / "out" / "artifact.json").exists()
 
 

@@ -31,6 +31,8 @@ OWNERS = {
     "datasets": {"data.tasks"},
     "peft": {"train.lora"},
     "ctranslate2": {"train.deploy.ctranslate2"},
+    "gguf": {"train.deploy.gguf"},
+    "xllamacpp": {"train.deploy.llama_cpp"},
     "matplotlib": {"launch.report", "launch.plots"},
 }
 AUTO_OWNERS = {"train.models", "train.sources", "train.tokenization"}

@@ -324,8 +324,10 @@ def test_run_prints_the_ladder_and_what_to_do_next(monkeypatch: pytest.MonkeyPat
     from launch.local import Finished
     from launch.pipeline import Stage
 
-    made = Stage("deploy.ctranslate2-int8", "0", folder / "deploy.ctranslate2-int8-0", "worker")
-    monkeypatch.setattr("launch.local.run_pipeline", lambda config, console: [Finished(made, None, True)])
+    made = Stage("deploy.ctranslate2-int8", "0", folder / "deploy.ctranslate2-int8-0", "process")
+    lost = Stage("deploy.gguf-tq2_0", "0", folder / "deploy.gguf-tq2_0-0", "process")
+    finished = [Finished(made, DeployedModel.read(made.folder), True)]
+    monkeypatch.setattr("launch.local.run_pipeline", lambda config, console: finished)
     status, output, errors = stepdown("run", "mine.yaml")
     assert (status, errors) == (0, "")
     assert output.splitlines()[-2:] == [
@@ -335,6 +337,11 @@ def test_run_prints_the_ladder_and_what_to_do_next(monkeypatch: pytest.MonkeyPat
     stages = {stage["name"]: stage["skipped"] for stage in json.loads((folder / "report.json").read_text())["stages"]}
     assert stages["deploy.ctranslate2-int8"] is True
     assert stages["train.soft_labels"] is False
+    finished.append(Finished(lost, None, False))
+    status, output, errors = stepdown("run", "mine.yaml")
+    assert status == 1
+    assert "report: runs/mine/report.html" in output
+    assert errors == "error: not made: gguf-tq2_0 (the reason stands above); all else is done, and the same command tries again\n"
 
 
 def test_main_is_the_console_script(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,8 +265,8 @@ def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
         ({"student.zero_stage": 4}, "student.zero_stage: is 4; input should be 'auto', 0, 1, 2 or 3"),
         (
             {"deploy": {"targets": ["ctranslate2-int8", "int4"]}},
-            "deploy.targets.1: is 'int4'; input should be 'ctranslate2-float32', 'ctranslate2-float16', 'ctranslate2-int8' or "
-            "'ctranslate2-int8_float16'",
+            "deploy.targets.1: is 'int4'; input should be 'ctranslate2-float32', 'ctranslate2-float16', 'ctranslate2-int8', "
+            "'ctranslate2-int8_float16', 'gguf-f16', 'gguf-q8_0', 'gguf-q5_1', 'gguf-q4_0', 'gguf-tq2_0' or 'gguf-tq1_0'",
         ),
         ({"deploy": {"targets": []}}, "deploy.targets: is []; list should have at least 1 item after validation, not 0"),
         (

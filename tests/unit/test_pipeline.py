@@ -68,7 +68,7 @@ def reruns(before: dict[str, Stage], after: dict[str, Stage]) -> set[str]:
 
 def test_the_stages_in_their_order() -> None:
     assert list(table(config())) == ["task", "tune", "teach", *TRAINED, *DEPLOYED, "evaluate.teacher", *STUDENT_RUNGS]
-    assert [s.place for s in table(config()).values()] == ["here", *["worker"] * 7, *["process"] * 6]
+    assert [s.place for s in table(config()).values()] == ["here", *["worker"] * 5, *["process"] * 8]
 
 
 @pytest.mark.parametrize(

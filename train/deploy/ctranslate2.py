@@ -7,16 +7,18 @@ a prompt from `stepdown.json`. Converting needs both.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import ctranslate2
 from tokenizers import Tokenizer
 
 from data.prompts import FORMAT_FILE, TextFormat
 from train.artifacts import Family
+from train.deploy.targets import TOKENIZER, Sample, Stored, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +27,53 @@ Compute = Literal["float32", "float16", "int8", "int8_float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 WEIGHTS = "model.bin"
-TOKENIZER = "tokenizer.json"
+_TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
+"""By their number in the file."""
 _VOCABULARIES = ("shared_vocabulary.json", "vocabulary.json")
+
+
+def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample]) -> None:
+    """Writes a complete CTranslate2 folder (`convert`); the calibration is not read, as int8 is scaled by each row's largest weight."""
+    del calibration
+    convert(source, out, cast(Compute, target.name.partition("-")[2]))
+
+
+def stored(folder: Path) -> list[Stored]:
+    """What `model.bin` holds, tensor by tensor, a quantized matrix with the scales of its rows."""
+    found = dict(_variables((folder / WEIGHTS).read_bytes()))
+    tensors = []
+    for name, (shape, kind, num_bytes) in found.items():
+        if name.endswith("_scale") and name.removesuffix("_scale") in found:
+            continue
+        scale = found.get(f"{name}_scale")
+        is_matrix = len(shape) == 2 and "/layer_" in name and name.endswith("/weight")
+        tensors.append(Stored(name, math.prod(shape), num_bytes + (scale[2] if scale else 0), kind, is_matrix))
+    return tensors
+
+
+def _variables(content: bytes) -> Iterator[tuple[str, tuple[tuple[int, ...], str, int]]]:
+    """Name, shape, type and bytes of each variable: what ModelSpec._serialize of the library writes, read again."""
+    place = 4  # version of the file
+
+    def number(size: int) -> int:
+        nonlocal place
+        place += size
+        return int.from_bytes(content[place - size : place], "little")
+
+    def text() -> str:
+        nonlocal place
+        length = number(2)
+        place += length
+        return content[place - length : place - 1].decode()
+
+    text()  # the model's kind
+    number(4)  # and its revision
+    for _ in range(number(4)):
+        name = text()
+        shape = tuple(number(4) for _ in range(number(1)))
+        kind, num_bytes = _TYPES[number(1)], number(4)
+        place += num_bytes
+        yield name, (shape, kind, num_bytes)
 
 
 def convert(model_folder: Path, out: Path, compute: Compute) -> None:

@@ -1,90 +1,138 @@
-"""The deploy stage: one file to ship for each target, made from a checkpoint."""
+"""The deploy stage: one file to ship, made from a checkpoint in a process of its own and verified in another.
+
+    python -m train.deploy.stage REQUEST.json
+
+convert (the format's module) -> verify in a fresh process (verify.py) -> rename
+"""
 
 from __future__ import annotations
 
-import json
+import errno
 import math
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import cast
 
+from safetensors import safe_open
+
+from data.examples import TaskExample, read_examples
+from data.prompts import Encode, TextFormat
+from data.store import read_records
 from train.artifacts import ARTIFACT, Checkpoint, DeployedModel
-from train.config import DeployTarget
-from train.deploy.ctranslate2 import WEIGHTS, Compute, Ctranslate2Runtime, convert
-from train.runtimes import model_bytes
+from train.deploy.request import DeployRequest
+from train.deploy.targets import TARGETS, Sample, Target, check_possible, module_of
+from train.deploy.verify import Probe, Verified, VerifyRequest, command
+from train.runtimes import TransformersRuntime, model_bytes
+from train.told import status_of
 
 MODEL = "model"
-_PROBE = "What is 1 + 1?"
+_SAMPLES, _PROBES = 256, 16
+_LONGEST_PROBE = 24
+"""Tokens of a probe's target: llama.cpp gives the probabilities of one token a request."""
 
 
-def run(target: DeployTarget, checkpoint: Checkpoint, checkpoint_folder: Path, folder: Path) -> DeployedModel:
-    """Makes and checks `folder/model`, then marks the folder as done.
+def run(request: DeployRequest) -> DeployedModel:
+    """Makes and checks `model/` in the request's folder, then marks the folder as done.
 
-    The model is made under another name and renamed when it has loaded and answered: a run that is killed leaves no half-made model.
-
-    Args:
-        target: runtime and type of the weights, such as ctranslate2-int8.
-        checkpoint: what the training stage handed on.
-        checkpoint_folder: the training stage's folder; the model lies in its `model/`.
-        folder: this target's own folder.
+    The model is made under another name and renamed when it is verified: a run that is killed, or fails, leaves no half-made model.
 
     Raises:
-        ValueError: if the target cannot be made of this model.
-        RuntimeError: if the file that was made does not load, gives numbers that are not finite, or is not smaller than its source.
+        ValueError: if the target cannot be made of this model, or here.
+        RuntimeError: if the file that was made is not what it should be, or the disk is full.
     """
-    begin = time.monotonic()
-    source = checkpoint_folder / MODEL
-    runtime, compute = target.split("-", 1)
+    begin, target = time.monotonic(), TARGETS[request.target]
+    folder, trained = Path(request.out_folder), Path(request.checkpoint_folder)
+    checkpoint, source = Checkpoint.read(trained), trained / MODEL
+    check_possible(target, checkpoint.family)
     made, unchecked = folder / MODEL, folder / f".{MODEL}.unchecked"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unchecked, ignore_errors=True)
-    convert(source, unchecked, cast(Compute, compute))
-    source_bytes = fp32_bytes(source)
-    check(target, unchecked, source_bytes)
+    try:
+        verified = _make(target, source, unchecked, request)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RuntimeError(f"deploy.targets: {target.name} needs more room than {folder} has left: free some, or set output") from error
+    finally:
+        if sys.exc_info()[0] is not None:
+            shutil.rmtree(unchecked, ignore_errors=True)
     (folder / ARTIFACT).unlink(missing_ok=True)
     shutil.rmtree(made, ignore_errors=True)
     unchecked.rename(made)
     weight_bytes, total_bytes = model_bytes(made)
     artifact = DeployedModel(
-        target=target,
-        runtime=runtime,
+        target=target.name,
+        runtime=target.runtime,
         family=checkpoint.family,
         weight_bytes=weight_bytes,
         total_bytes=total_bytes,
-        source_weight_bytes=source_bytes,
+        source_weight_bytes=fp32_bytes(source),
         num_parameters=checkpoint.num_parameters,
         max_input_tokens=checkpoint.max_input_tokens,
         max_label_tokens=checkpoint.max_label_tokens,
         seconds=time.monotonic() - begin,
+        bits_a_parameter=verified.bits_a_parameter,
+        bits_a_weight=verified.bits_a_weight,
+        error_nats=verified.error_nats,
+        types=verified.types,
+        fallbacks=verified.fallbacks,
     )
     artifact.write(folder)
     return artifact
 
 
-def check(target: DeployTarget, model_folder: Path, source_bytes: int) -> None:
-    """Loads a deployed model and looks at what it is: size, finite log-probabilities, an answer.
+def _make(target: Target, source: Path, unchecked: Path, request: DeployRequest) -> Verified:
+    reference = TransformersRuntime(source, device="cpu")
+    samples = list(islice(_samples(request, reference.format, reference.encode), _SAMPLES))
+    probes = [_probe(reference, sample) for sample in samples[:_PROBES]]
+    del reference  # a converter loads the model again
+    module_of(target).make(source, unchecked, target, samples)
+    path = Path(request.out_folder) / "verify.json"
+    out = Path(request.out_folder) / "verified.json"
+    VerifyRequest(target.name, str(unchecked), fp32_bytes(source), probes, str(out)).write(path)
+    done = subprocess.run(command(path), stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        told = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
+        raise RuntimeError(told[-1].removeprefix("error: "))
+    return Verified.read(out)
 
-    Raises:
-        RuntimeError: if one of these fails; the message says which.
+
+def _samples(request: DeployRequest, form: TextFormat, encode: Encode) -> Iterator[Sample]:
+    """What the student reads and writes on training rows: of each row its answer, and what the teacher explained."""
+    task = Path(request.task_folder)
+    held_out = {example.input for example in read_examples(task / "test.jsonl")}
+    rationales = {record.id: record.rationale for record in read_records(Path(request.records_folder), "train") if record.rationale}
+    rows = (example for example in read_examples(task / "train.jsonl") if example.input not in held_out)
+    return samples_of(rows, rationales, form, encode)
+
+
+def samples_of(rows: Iterable[TaskExample], rationales: dict[str, str], form: TextFormat, encode: Encode) -> Iterator[Sample]:
+    """Prompts and targets of rows as the student learnt them, those of one row side by side.
+
+    Args:
+        rows: of the training split.
+        rationales: by the row's id, where there is one.
+        form: how the student is called.
+        encode: its tokenizer.
     """
-    weight_bytes = (model_folder / WEIGHTS).stat().st_size
-    if not target.endswith("float32") and weight_bytes >= source_bytes:
-        raise RuntimeError(
-            f"deploy.targets: {target} takes {weight_bytes:,} bytes, not fewer than its fp32 source ({source_bytes:,}): "
-            "the model is too small to gain from it; remove the target"
-        )
-    runtime = Ctranslate2Runtime(model_folder, device="cpu")
-    form = runtime.format
-    prompt, _ = form.prompt_ids(form.part, _PROBE, runtime.encode)
-    solution = [token for segment in form.solution_ids("One more is 2.", "2", runtime.encode) for token in segment]
-    scores = runtime.log_probs(prompt, solution if form.part == "solve" else form.label_ids("2", runtime.encode)[0])
-    if not all(map(math.isfinite, scores)):
-        raise RuntimeError(
-            f"deploy.targets: {target} gives log-probabilities that are not finite ({scores}): the checkpoint's weights are not finite, "
-            "or overflow in this type; train again, or choose ctranslate2-float32"
-        )
-    runtime.answer([prompt], max_new_tokens=2)
+    for row in rows:
+        rationale = rationales.get(row.id) or row.rationale
+        prompt = form.prompt_ids(form.part, row.input, encode)[0]
+        if form.part == "solve":
+            yield prompt, [token for segment in form.solution_ids(rationale or "", row.label, encode) for token in segment]
+            continue
+        yield prompt, form.label_ids(row.label, encode)[0]
+        if rationale:
+            yield form.prompt_ids("explain", row.input, encode)[0], form.rationale_ids(rationale, encode)[0]
+
+
+def _probe(reference: TransformersRuntime, sample: Sample) -> Probe:
+    prompt, target = list(sample[0]), list(sample[1])[:_LONGEST_PROBE]
+    return Probe(prompt, target, reference.log_probs(prompt, target))
 
 
 def fp32_bytes(model_folder: Path) -> int:
@@ -100,9 +148,20 @@ def fp32_bytes(model_folder: Path) -> int:
 
 
 def _fp32_file_bytes(path: Path) -> int:
-    # The format: the header's length in 8 bytes, little-endian; the header in JSON; the numbers.
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    elements: int = sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    with path.open("rb") as raw:
+        header_bytes = int.from_bytes(raw.read(8), "little")
+    with safe_open(path, framework="np") as file:
+        elements: int = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (it is no mapping)
     return 8 + header_bytes + 4 * elements
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Makes the file of the request named on the command line; the exit status. What a user can mend is told in one line."""
+    if len(arguments) != 1:
+        print("usage: python -m train.deploy.stage REQUEST.json", file=sys.stderr)
+        return 2
+    return status_of(lambda: run(DeployRequest.read(Path(arguments[0]))))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

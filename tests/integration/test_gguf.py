@@ -1,0 +1,227 @@
+"""GGUF files of small models, in llama.cpp itself."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from data.prompts import TextFormat
+from train.deploy import gguf
+from train.deploy.llama_cpp import LlamaCppRuntime
+from train.deploy.targets import TARGETS
+from train.models import save_model
+from train.runtimes import TransformersRuntime, model_bytes
+from train.tokenization import text_format, train_tokenizer
+
+TEXTS = [f"what is {a} plus {b}? it isn't {a}, it's {a + b}.\n  So: {a * b}" for a in range(12) for b in range(12)]
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = LLAMA3.replace("{1,3}", "")
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that cuts texts as models of a kind do."""
+    if kind == "own":
+        return train_tokenizer(TEXTS, 400)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
+    split = {
+        "gpt-2": [],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")],
+        "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated")],
+    }[kind]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level]) if split else level
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def model_of(kind: str, rows: int, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=rows, **(SIZES | settings)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # As trained ones are not: of a norm of ones and a bias of zeros nobody would see whether it is written.
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "embed" not in name:
+                parameter.mul_(3.0)
+    return model.float().eval()
+
+
+def made(folder: Path, target: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    form = text_format(tokenizer, "decoder_only", max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
+    save_model(model, tokenizer, form, folder / "model")
+    gguf.make(folder / "model", folder / target, TARGETS[target], [])
+    return folder / target
+
+
+def error(folder: Path, model: PreTrainedModel, runtime: LlamaCppRuntime | None = None) -> float:
+    """||logits - reference|| / ||reference|| of what follows a text, logits less their mean."""
+    runtime = runtime or LlamaCppRuntime(folder, threads=1)
+    ids = runtime.encode(TEXTS[17])
+    prompt, target = ids[:20], ids[20:26]
+    with torch.inference_mode():
+        reference = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].double().numpy()
+
+    def centred(values: NDArray[Any]) -> NDArray[Any]:
+        return values - values.mean(axis=1, keepdims=True)
+
+    found, wanted = centred(runtime.logits(prompt, target).astype(np.float64)[:, : reference.shape[1]]), centred(reference)
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16, "rope_theta": 500.0,
+                }
+            },
+        ),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)  # fmt: skip
+def test_llama_cpp_computes_what_transformers_does(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    model = model_of(kind, len(tokenizer) + 3, **settings)
+    assert error(made(tmp_path, "gguf-f16", model, tokenizer), model) < 0.005
+
+
+@pytest.mark.parametrize(("target", "most"), [("gguf-q8_0", 0.05), ("gguf-q5_1", 0.2), ("gguf-q4_0", 0.35)])
+def test_the_error_of_each_type_is_bounded(target: str, most: float, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    model = model_of("llama", len(tokenizer))
+    with torch.no_grad():  # as at random, without what makes the other test see everything
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.div_(3.0)
+    assert error(made(tmp_path, target, model, tokenizer), model) < most
+
+
+@pytest.mark.parametrize(
+    ("target", "kinds", "bits"),
+    [
+        ("gguf-q4_0", {"Q4_0": 14, "F32": 5, "Q8_0": 2}, 4.5),
+        ("gguf-tq2_0", {"TQ2_0": 14, "F32": 5, "Q8_0": 2}, 2.0625),
+        ("gguf-tq1_0", {"TQ1_0": 14, "F32": 5, "Q8_0": 2}, 1.6875),
+    ],
+)
+def test_what_a_file_holds(target: str, kinds: dict[str, int], bits: float, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    folder = made(tmp_path, target, model_of("llama", len(tokenizer)), tokenizer)
+    tensors = gguf.stored(folder)
+    assert Counter(tensor.type for tensor in tensors) == kinds
+    assert {tensor.bits for tensor in tensors if tensor.is_matrix} == {bits}
+    assert sum(tensor.num_bytes for tensor in tensors) < model_bytes(folder)[0] == (folder / "model.gguf").stat().st_size
+
+
+def test_rows_that_the_blocks_do_not_divide_fall_back_and_are_seen() -> None:
+    assert gguf.type_of("blk.0.ffn_up.weight", (1536, 576), "TQ2_0") == "Q4_0"
+    assert gguf.type_of("blk.0.ffn_down.weight", (576, 1536), "TQ2_0") == "TQ2_0"
+    assert gguf.type_of("blk.0.ffn_up.weight", (64, 48), "Q8_0") == "F16"
+    assert gguf.type_of("token_embd.weight", (64, 576), "Q4_0") == "Q8_0"
+    assert gguf.type_of("blk.0.attn_norm.weight", (576,), "Q8_0") == "F32"
+    assert gguf.type_of("output.weight", (64, 576), "F16") == "F16"
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_llama_cpp_cuts_texts_as_the_tokenizer_does(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(kind)
+    runtime = LlamaCppRuntime(made(tmp_path, "gguf-q8_0", model_of("llama", len(tokenizer)), tokenizer), threads=1)
+    assert all(runtime.cuts_as_trained(text) for text in (*TEXTS[::7], "x12345 </s> y", "Don't\r\n\r\n stop"))
+
+
+def test_a_way_of_cutting_that_llama_cpp_does_not_know_is_its_default() -> None:
+    assert gguf.pre_tokenizer_of(None) == "default"
+    assert gguf.pre_tokenizer_of({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"\d"}}]}) == "default"
+
+
+def test_answers_are_those_of_transformers_in_any_batch(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    folder = made(tmp_path, "gguf-f16", model_of("llama", len(tokenizer), tie_word_embeddings=True), tokenizer)
+    runtime, reference = LlamaCppRuntime(folder, threads=1), TransformersRuntime(tmp_path / "model", device="cpu")
+    prompts = [runtime.format.prompt_ids("predict", text, runtime.encode)[0] for text in TEXTS[:100:9]]
+    prompts += [prompt[:7] for prompt in prompts]
+    together, alone = runtime.answer(prompts, 8), [answer for prompt in prompts for answer in runtime.answer([prompt], 8)]
+    # Of random weights near-ties may fall the other way in 16 bits.
+    for other in (alone, reference.answer(prompts, 8)):
+        assert sum(ours == theirs for ours, theirs in zip(together, other, strict=True)) >= 0.85 * len(prompts)
+    assert runtime.answer([], 8) == []
+    assert all(map(math.isfinite, runtime.log_probs(prompts[0], prompts[1][:3])))
+
+
+def test_the_end_of_sequence_token_ends_an_answer(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    model = model_of("llama", len(tokenizer))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[1] *= 50.0
+    runtime = LlamaCppRuntime(made(tmp_path, "gguf-f16", model, tokenizer), threads=1)
+    found = runtime.answer([runtime.encode(text) for text in TEXTS[:24]], 6)
+    assert any(len(answer) < 6 for answer in found)
+    assert not any(1 in answer for answer in found)
+
+
+def test_what_gguf_does_not_take_is_told(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    gemma = model_of("gemma2", len(tokenizer), head_dim=32)
+    with pytest.raises(ValueError, match=r"gguf-f16, but the student's type is gemma2: gguf takes llama, mistral, qwen2, qwen3"):
+        made(tmp_path / "gemma", "gguf-f16", gemma, tokenizer)
+    long = model_of("llama", len(tokenizer), rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match=r"the student's rope_type is dynamic, which gguf does not take: use a ctranslate2 target"):
+        made(tmp_path / "long", "gguf-f16", long, tokenizer)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2}, unk_token="<pad>"))
+    plain = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    with pytest.raises(ValueError, match=r"the student's tokenizer is no byte-level BPE .*: use a ctranslate2 target"):
+        made(tmp_path / "words", "gguf-f16", model_of("llama", 3), plain)
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match=r"the student's type is t5"):
+        made(tmp_path / "t5", "gguf-f16", t5, plain)
+
+
+def test_a_damaged_file_and_a_missing_one(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    folder = made(tmp_path, "gguf-f16", model_of("llama", len(tokenizer)), tokenizer)
+    path = folder / "model.gguf"
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(RuntimeError, match=r"llama.cpp cannot load .*model.gguf .*: run deploy again"):
+        LlamaCppRuntime(folder, threads=1)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has no model.gguf: run deploy"):
+        LlamaCppRuntime(folder, threads=1)
+
+
+def test_ollama_is_told_the_prompt() -> None:
+    form = TextFormat("decoder_only", 1, 0, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
+    assert gguf.modelfile(form) == (
+        'FROM ./model.gguf\nTEMPLATE """predict: {{ .Prompt }}\nAnswer:"""\n'
+        "PARAMETER temperature 0\nPARAMETER num_predict 8\nPARAMETER num_ctx 72\n"
+    )

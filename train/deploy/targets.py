@@ -1,0 +1,142 @@
+"""The files that a student can become: which runtime loads each, what its weights are stored as, and what that is compared with.
+
+Imports no library of any runtime. A format is a module of this folder with three names:
+
+    make(source, out, target, calibration)   writes a complete folder from a model folder of this project (safetensors, tokenizer,
+                                             stepdown.json), and copies tokenizer.json and stepdown.json into it
+    stored(folder)                           what the file holds, tensor by tensor, read from the file itself
+    a runtime, opened by train/runtimes.py   answers prompts, and gives log-probabilities of targets (`log_probs`)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from train.artifacts import Family
+from train.runtimes import RuntimeKind
+
+Format = Literal["ctranslate2", "gguf", "onnx", "compressed_tensors"]
+TOKENIZER = "tokenizer.json"
+GGUF_FILE = "model.gguf"
+Sample = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of what follows it: of a training row, to calibrate on."""
+
+_BOTH: tuple[Family, ...] = ("decoder_only", "encoder_decoder")
+_DECODERS: tuple[Family, ...] = ("decoder_only",)
+SLACK_BITS = 0.7
+"""Bits a weight of the quantized matrices that scales, zero points and padding may add to what a target's name says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One kind of file."""
+
+    name: str
+    format: Format
+    type: str
+    """What the matrices of its layers are stored as, by the format's own name."""
+    bits: float
+    """Of a weight of a quantized matrix, by that name."""
+    families: tuple[Family, ...]
+    unquantized: str
+    """The target of the same runtime whose weights are stored as they are; itself for such a one."""
+
+    @property
+    def runtime(self) -> RuntimeKind:
+        """What loads it."""
+        return _RUNTIMES[self.format]
+
+    @property
+    def quantizes(self) -> bool:
+        """Weights lose more than the rounding to a float of 16 bits."""
+        return self.bits < 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file."""
+
+    name: str
+    """By the format's own naming."""
+    num_weights: int
+    """Numbers of the model that it holds."""
+    num_bytes: int
+    """That it takes, its scales and zero points too."""
+    type: str
+    """By the format's own name."""
+    is_matrix: bool
+    """A matrix of the model's layers, which a quantized target quantizes; not an embedding, the head or a vector."""
+
+    @property
+    def bits(self) -> float:
+        """A weight."""
+        return 8 * self.num_bytes / self.num_weights
+
+
+def _of(
+    format: Format, prefix: str, families: tuple[Family, ...], unquantized: str, types: dict[str, tuple[str, float]]
+) -> dict[str, Target]:
+    return {
+        f"{prefix}-{name}": Target(f"{prefix}-{name}", format, type, bits, families, f"{prefix}-{unquantized}")
+        for name, (type, bits) in types.items()
+    }
+
+
+TARGETS: dict[str, Target] = {
+    **_of(
+        "ctranslate2",
+        "ctranslate2",
+        _BOTH,
+        "float32",
+        {"float32": ("float32", 32), "float16": ("float16", 16), "int8": ("int8", 8), "int8_float16": ("int8", 8)},
+    ),
+    **_of(
+        "gguf",
+        "gguf",
+        _DECODERS,
+        "f16",
+        {
+            "f16": ("F16", 16),
+            "q8_0": ("Q8_0", 8),
+            "q5_1": ("Q5_1", 5.5),  # by its definition 6: a scale and a minimum, of 16 bits each, for 32 weights
+            "q4_0": ("Q4_0", 4),
+            "tq2_0": ("TQ2_0", 2),
+            "tq1_0": ("TQ1_0", 1.6),
+        },
+    ),
+}
+"""By name; the names are those of `train.config.DeployTarget`."""
+
+_RUNTIMES: dict[Format, RuntimeKind] = {"ctranslate2": "ctranslate2", "gguf": "llama_cpp"}
+_LIBRARIES: dict[Format, tuple[tuple[str, ...], str]] = {
+    "ctranslate2": (("ctranslate2",), "stepdown"),
+    "gguf": (("gguf", "xllamacpp"), "stepdown[gguf]"),
+    "onnx": (("onnx", "onnxruntime", "onnxruntime_genai"), "stepdown[onnx]"),
+    "compressed_tensors": (("compressed_tensors", "llmcompressor"), "stepdown[vllm]"),
+}
+
+
+def module_of(target: Target) -> Any:
+    """The module of a target's format; its libraries are imported with it."""
+    return importlib.import_module(f"train.deploy.{target.format}")
+
+
+def check_possible(target: Target, family: Family) -> None:
+    """That a model of this family can become such a file here.
+
+    Raises:
+        ValueError: if the runtime does not know the family, or a library is not installed.
+    """
+    if family not in target.families:
+        others = ", ".join(name for name, other in TARGETS.items() if family in other.families)
+        raise ValueError(
+            f"deploy.targets holds {target.name}, which is for {target.families[0]} models, but the student is {family}: use {others}"
+        )
+    needed, extra = _LIBRARIES[target.format]
+    missing = [library for library in needed if importlib.util.find_spec(library) is None]
+    if missing:
+        raise ValueError(f"deploy.targets holds {target.name}, which needs {' and '.join(missing)}: pip install '{extra}', or remove it")
