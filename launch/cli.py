@@ -234,6 +234,22 @@ def prune(
     prune_model(model, out, settings, texts, Console(), scan=scan)
 
 
+@app.command()
+@_told
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file or package:NAME/FILE.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results, one folder a target.")],
+    target: Annotated[list[str], typer.Option(help="What to make (see deploy.targets); may be given several times.")],
+    texts: Annotated[Path, typer.Option(help="Texts to calibrate and verify on: JSON lines with a field text, or paragraphs.")],
+) -> None:
+    """Make files to ship of any model by itself."""
+    from rich.console import Console
+
+    from launch.quantizing import quantize as quantize_model
+
+    quantize_model(model, out, target, texts, Console())
+
+
 records = typer.Typer(name="records", help="Look over the teacher's records, or have damaged ones written anew.", no_args_is_help=True)
 app.add_typer(records)
 

@@ -154,6 +154,10 @@ class EvalResult(Artifact):
     """Peak resident memory of the process that served it (on a GPU: peak device memory)."""
     device: str
     load_seconds: float | None
+    first_token_seconds: float | None = None
+    """Of one prompt by itself, the mean."""
+    token_seconds: float | None = None
+    """Each token after the first, one prompt by itself, the mean."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 

@@ -29,6 +29,8 @@ from train.told import status_of
 
 ANSWERS = "answers.jsonl"
 TIMED_BATCH_SIZES = (1, 32)
+TIMED_PROMPTS = 32
+"""Most prompts whose latency is measured."""
 TIMED_SECONDS = 20.0
 """Timing at one batch size stops after this long, also before `timed_examples` are done: a slow teacher would take many minutes."""
 
@@ -95,6 +97,16 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Latency:
+    """What one user waits for, one prompt at a time; means over the timed prompts."""
+
+    first_token_seconds: float
+    """Until the first token is there: the prompt is read, and one token chosen."""
+    token_seconds: float | None
+    """Each token after it; None where no answer has a second one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Serving:
     """What serving the model took; all None where none was run."""
 
@@ -102,6 +114,7 @@ class Serving:
     load_seconds: float | None = None
     examples_per_second: dict[str, float] | None = None
     peak_memory_bytes: int | None = None
+    latency: Latency | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -140,6 +153,8 @@ def run(request: EvalRequest) -> EvalResult:
         peak_memory_bytes=serving.peak_memory_bytes,
         device=serving.device,
         load_seconds=serving.load_seconds,
+        first_token_seconds=serving.latency.first_token_seconds if serving.latency else None,
+        token_seconds=serving.latency.token_seconds if serving.latency else None,
         seconds=time.monotonic() - begin,
         notes=[*request.notes, *serving.notes],
     )
@@ -219,11 +234,30 @@ def _measure(runtime: Runtime, request: EvalRequest, inputs: Sequence[str], load
     timed = inputs[: request.timed_examples]
     with StageProgress(f"{request.rung}: timing", len(timed) * len(TIMED_BATCH_SIZES), "items") as progress:
         rates = {str(size): _rate(runtime, request, timed, size, progress) for size in TIMED_BATCH_SIZES}
+    latency = _latency(runtime, request, timed[:TIMED_PROMPTS])
     if runtime.device == "cpu":
-        return Serving(runtime.device, load_seconds, rates, peak_resident_bytes())
+        return Serving(runtime.device, load_seconds, rates, peak_resident_bytes(), latency)
     peak = runtime.peak_device_bytes()
     notes = () if peak is not None else ("peak memory is unknown: this engine does not tell how much GPU memory it holds",)
-    return Serving(runtime.device, load_seconds, rates, peak, notes)
+    return Serving(runtime.device, load_seconds, rates, peak, latency, notes)
+
+
+def _latency(runtime: Runtime, request: EvalRequest, inputs: Sequence[str]) -> Latency:
+    first = rest = 0.0
+    tokens = done = 0
+    begin = time.perf_counter()
+    for text in inputs:
+        prompt = runtime.format.prompt_ids(request.part, text, runtime.encode)[0]
+        start = time.perf_counter()
+        runtime.answer([prompt], 1)
+        between = time.perf_counter()
+        written = runtime.answer([prompt], request.max_new_tokens)[0]
+        end = time.perf_counter()
+        first, rest, done = first + between - start, rest + (end - between) - (between - start), done + 1
+        tokens += min(len(written), request.max_new_tokens - 1)  # an end of sequence is computed, too
+        if end - begin > TIMED_SECONDS:
+            break
+    return Latency(first / done, max(0.0, rest) / tokens if tokens else None)
 
 
 def _rate(runtime: Runtime, request: EvalRequest, inputs: Sequence[str], batch_size: int, progress: StageProgress) -> float:

@@ -109,6 +109,10 @@ class TransformersRuntime:
         """The text of token ids, without special tokens and outer white space."""
         return self._decode(self._tokenizer, list(ids))
 
+    def close(self) -> None:
+        """Gives the model's memory back; only the format and the tokenizer are of use afterwards."""
+        del self._model
+
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, without the end-of-sequence token.
 

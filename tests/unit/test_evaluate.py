@@ -183,8 +183,11 @@ def test_a_live_teacher_is_scored_on_its_records_and_timed_on_its_model(
     assert parrot["threads"] == 3
     assert set(result.examples_per_second or {}) == {"1", "32"}
     assert result.peak_memory_bytes
-    # Three timed items: one by one after a warm-up of one, then together after a warm-up of all.
-    assert [len(batch) for batch in parrot["runtime"].batches] == [1, 1, 1, 1, 3, 3]
+    # Three timed items: one by one after a warm-up of one, then together after a warm-up of all, then the first token and all of each.
+    assert [len(batch) for batch in parrot["runtime"].batches] == [1, 1, 1, 1, 3, 3, *[1, 1] * 3]
+    assert result.first_token_seconds is not None
+    assert result.token_seconds is not None
+    assert result.first_token_seconds > 0 <= result.token_seconds
 
 
 def test_a_model_is_scored_whole_and_then_timed(
@@ -228,7 +231,7 @@ def test_timing_stops_when_its_time_is_over(
     monkeypatch.setattr(train.evaluate.time, "perf_counter", lambda: float(next(clock)))
     result = run(replace(request_, model_folder=str(tmp_path)))
     assert result.examples_per_second == {"1": 1 / 3, "32": 3 / 2}
-    assert [len(batch) for batch in parrot["runtime"].batches] == [1, 1, 3, 3]
+    assert [len(batch) for batch in parrot["runtime"].batches] == [1, 1, 3, 3, 1, 1]
 
 
 def test_peak_memory_is_what_the_kernel_counts() -> None:

@@ -66,6 +66,7 @@ def evaluation(folder: Path, name: str, right: str, *, first: int = 0, **changes
         "peak_memory_bytes": 612_000_000,
         "device": "cpu",
         "load_seconds": 0.5,
+        "first_token_seconds": 0.0123,
     }
     EvalResult(**{**values, **changes}).write(folder)
     return folder
@@ -87,7 +88,8 @@ def checkpoint(folder: Path) -> Path:
 
 def deployed(folder: Path, name: str) -> Path:
     folder.mkdir(parents=True)
-    DeployedModel(name, "ctranslate2", "encoder_decoder", WEIGHTS[name], 300_000, 900_000, 225_000, 128, 8).write(folder)
+    held = {"bits_a_parameter": 8.5, "bits_a_weight": 8.25, "error_nats": 0.0123, "fallbacks": ["a", "b"] if "int8" in name else []}
+    DeployedModel(name, "ctranslate2", "encoder_decoder", WEIGHTS[name], 300_000, 900_000, 225_000, 128, 8, **held).write(folder)
     return folder
 
 
@@ -308,7 +310,8 @@ def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:
         ["Validation loss", "0.2500"],
         ["task", "10 rows", "used again", "1", "1.2 s"],
         ["train", "0.90 MB", "ran", "2", "1 min 40 s"],
-        ["ctranslate2-int8", "ctranslate2", "0.24 MB", "0.30 MB", "27.0 %"],
+        ["ctranslate2-int8", "ctranslate2", "0.24 MB", "0.30 MB", "27.0 %", "8.50", "8.25", "0.012", "2 matrices"],
+        ["ctranslate2-int8", "cpu", "0.5 s", "12.3 ms", "-"],
         ["versions.torch", "2.13.0"],
         ["How many is <b>0</b>?", "0", *[f"✓ {SCRIPT}"] * 5],
         ["How many is <b>7</b>?", "7", "✓ -", *["✗ -"] * 4],

@@ -26,6 +26,8 @@ from train.deploy.targets import GGUF_FILE, TOKENIZER
 Device = Literal["auto", "cpu", "cuda"]
 _ALL = 1 << 24
 """More tokens than any vocabulary has."""
+_SURE = 1e6
+"""Added to a logit that is to be the largest."""
 _SLOTS = 8
 """Sequences that the engine works on at once; more wait."""
 
@@ -109,7 +111,7 @@ class LlamaCppRuntime:
 
     def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> list[float]:
         """Natural log-probabilities that the model gives to the tokens of `target`, one after the other, after `prompt`."""
-        return [float(row[token]) for row, token in zip(self.logits(prompt, target), target, strict=True)]
+        return [self._log_prob([*prompt, *target[:n]], token) for n, token in enumerate(target)]
 
     def cuts_as_trained(self, text: str) -> bool:
         """Whether the engine's own tokenizer gives a text the tokens that the student learnt."""
@@ -119,10 +121,17 @@ class LlamaCppRuntime:
     def peak_device_bytes(self) -> None:
         """Nothing: the engine does not tell how much GPU memory it holds."""
 
+    def _log_prob(self, ids: Sequence[int], token: int) -> float:
+        # The token is taken, whatever its probability; what is told of it is as before. All of a vocabulary takes a second to tell.
+        found = self._post("/completion", prompt=list(ids), n_predict=1, n_probs=1, logit_bias=[[token, _SURE]], cache_prompt=True)
+        if not found.get("completion_probabilities"):
+            return float(self._next_token(ids)[token])
+        value = found["completion_probabilities"][0]["logprob"]
+        return float("nan") if value is None else float(value)
+
     def _next_token(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        # An end of sequence, or a part of a letter, is not written, and its probabilities are not told then. So a letter is taken, whatever
-        # its probability; those that are told are as before.
-        taken = [[self._letter, 1e6]]
+        # Of an end of sequence, or a part of a letter, nothing is written, and no probabilities are. So a letter is taken.
+        taken = [[self._letter, _SURE]]
         found = self._post("/completion", prompt=list(ids), n_predict=1, n_probs=_ALL, logit_bias=taken, cache_prompt=True)
         # What is not finite is written as null.
         given = {one["id"]: one["logprob"] for one in found["completion_probabilities"][0]["top_logprobs"]}

@@ -34,6 +34,24 @@ class DeployRequest:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizeRequest:
+    """Files of a model without a task."""
+
+    model: str
+    """Hub id, folder, .gguf file or package:NAME/FILE."""
+    targets: list[str]
+    """Some of `train.deploy.targets.TARGETS`."""
+    texts: str
+    """File of texts to calibrate and verify on."""
+    out_folder: str
+    """Holds a folder for each target."""
+
+    def write(self, path: Path) -> None:
+        """Writes it as JSON."""
+        write_json(path, asdict(self))
+
+
 def command(path: Path) -> list[str]:
     """The command line of a process that makes the file of the request in `path`."""
     return [sys.executable, "-m", "train.deploy.stage", str(path)]

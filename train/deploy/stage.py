@@ -22,7 +22,7 @@ from safetensors import safe_open
 from data.examples import TaskExample, read_examples
 from data.prompts import Encode, TextFormat
 from data.store import read_records
-from train.artifacts import ARTIFACT, Checkpoint, DeployedModel
+from train.artifacts import ARTIFACT, DeployedModel
 from train.deploy.request import DeployRequest
 from train.deploy.targets import TARGETS, Sample, Target, check_possible, module_of
 from train.deploy.verify import Probe, Verified, VerifyRequest, command
@@ -30,7 +30,7 @@ from train.runtimes import TransformersRuntime, model_bytes
 from train.told import status_of
 
 MODEL = "model"
-_SAMPLES, _PROBES = 256, 16
+NUM_SAMPLES, _PROBES = 256, 16
 _LONGEST_PROBE = 24
 """Tokens of a probe's target: llama.cpp gives the probabilities of one token a request."""
 
@@ -38,28 +38,50 @@ _LONGEST_PROBE = 24
 def run(request: DeployRequest) -> DeployedModel:
     """Makes and checks `model/` in the request's folder, then marks the folder as done.
 
+    Raises:
+        ValueError: if the target cannot be made of this model, or here.
+        RuntimeError: if the file that was made is not what it should be, or the disk is full.
+    """
+    source = Path(request.checkpoint_folder) / MODEL
+    reference = TransformersRuntime(source, device="cpu")
+    samples = list(islice(_samples(request, reference.format, reference.encode), NUM_SAMPLES))
+    return deploy(TARGETS[request.target], source, Path(request.out_folder), samples, reference)
+
+
+def deploy(target: Target, source: Path, folder: Path, samples: Sequence[Sample], reference: TransformersRuntime) -> DeployedModel:
+    """Makes `folder/model` of a model folder.
+
     The model is made under another name and renamed when it is verified: a run that is killed, or fails, leaves no half-made model.
+
+    Args:
+        target: what to make.
+        source: a model folder of this project.
+        folder: of this target alone.
+        samples: to calibrate on, and the first of them to verify on.
+        reference: the source in fp32; of no use afterwards.
 
     Raises:
         ValueError: if the target cannot be made of this model, or here.
         RuntimeError: if the file that was made is not what it should be, or the disk is full.
     """
-    begin, target = time.monotonic(), TARGETS[request.target]
-    folder, trained = Path(request.out_folder), Path(request.checkpoint_folder)
-    checkpoint, source = Checkpoint.read(trained), trained / MODEL
-    check_possible(target, checkpoint.family)
+    begin, form = time.monotonic(), reference.format
+    check_possible(target, form.family)
     made, unchecked = folder / MODEL, folder / f".{MODEL}.unchecked"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
-        verified = _make(target, source, unchecked, request)
+        probes = [_probe(reference, sample) for sample in samples[:_PROBES]]
+        reference.close()  # a converter loads the model again
+        module_of(target).make(source, unchecked, target, samples)
+        verified = _verified(target, source, unchecked, folder, probes)
     except OSError as error:
+        shutil.rmtree(unchecked, ignore_errors=True)
         if error.errno != errno.ENOSPC:
             raise
         raise RuntimeError(f"deploy.targets: {target.name} needs more room than {folder} has left: free some, or set output") from error
-    finally:
-        if sys.exc_info()[0] is not None:
-            shutil.rmtree(unchecked, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(unchecked, ignore_errors=True)
+        raise
     (folder / ARTIFACT).unlink(missing_ok=True)
     shutil.rmtree(made, ignore_errors=True)
     unchecked.rename(made)
@@ -67,13 +89,13 @@ def run(request: DeployRequest) -> DeployedModel:
     artifact = DeployedModel(
         target=target.name,
         runtime=target.runtime,
-        family=checkpoint.family,
+        family=form.family,
         weight_bytes=weight_bytes,
         total_bytes=total_bytes,
         source_weight_bytes=fp32_bytes(source),
-        num_parameters=checkpoint.num_parameters,
-        max_input_tokens=checkpoint.max_input_tokens,
-        max_label_tokens=checkpoint.max_label_tokens,
+        num_parameters=num_weights(source),
+        max_input_tokens=form.max_input_tokens,
+        max_label_tokens=form.max_label_tokens,
         seconds=time.monotonic() - begin,
         bits_a_parameter=verified.bits_a_parameter,
         bits_a_weight=verified.bits_a_weight,
@@ -85,14 +107,8 @@ def run(request: DeployRequest) -> DeployedModel:
     return artifact
 
 
-def _make(target: Target, source: Path, unchecked: Path, request: DeployRequest) -> Verified:
-    reference = TransformersRuntime(source, device="cpu")
-    samples = list(islice(_samples(request, reference.format, reference.encode), _SAMPLES))
-    probes = [_probe(reference, sample) for sample in samples[:_PROBES]]
-    del reference  # a converter loads the model again
-    module_of(target).make(source, unchecked, target, samples)
-    path = Path(request.out_folder) / "verify.json"
-    out = Path(request.out_folder) / "verified.json"
+def _verified(target: Target, source: Path, unchecked: Path, folder: Path, probes: list[Probe]) -> Verified:
+    path, out = folder / "verify.json", folder / "verified.json"
     VerifyRequest(target.name, str(unchecked), fp32_bytes(source), probes, str(out)).write(path)
     done = subprocess.run(command(path), stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -135,8 +151,8 @@ def _probe(reference: TransformersRuntime, sample: Sample) -> Probe:
     return Probe(prompt, target, reference.log_probs(prompt, target))
 
 
-def fp32_bytes(model_folder: Path) -> int:
-    """Bytes of a model's safetensors files, were each tensor stored in fp32: what a quantized file is compared with.
+def num_weights(model_folder: Path) -> int:
+    """Numbers in a model's safetensors files, a tied matrix once.
 
     Raises:
         ValueError: if the folder has no safetensors file.
@@ -144,15 +160,20 @@ def fp32_bytes(model_folder: Path) -> int:
     files = sorted(model_folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{model_folder} has no .safetensors file: it is not a model folder that stepdown made")
-    return sum(map(_fp32_file_bytes, files))
+    total = 0
+    for path in files:
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (it is no mapping)
+    return total
 
 
-def _fp32_file_bytes(path: Path) -> int:
-    with path.open("rb") as raw:
-        header_bytes = int.from_bytes(raw.read(8), "little")
-    with safe_open(path, framework="np") as file:
-        elements: int = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (it is no mapping)
-    return 8 + header_bytes + 4 * elements
+def fp32_bytes(model_folder: Path) -> int:
+    """Bytes of a model's safetensors files, were each tensor stored in fp32: what a quantized file is compared with."""
+    headers = 0
+    for path in model_folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            headers += 8 + int.from_bytes(file.read(8), "little")
+    return headers + 4 * num_weights(model_folder)
 
 
 def main(arguments: Sequence[str]) -> int:
