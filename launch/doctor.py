@@ -25,7 +25,12 @@ from launch.hardware import DetectedGpu, cpu_count, detect, known_gpu, memory_by
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OLDEST_PYTHON = (3, 11)
-_EXTRAS = {"gguf": "reads .gguf files, and makes and serves them", "dev": "runs the tests"}
+_EXTRAS = {
+    "gguf": "reads .gguf files, and makes and serves them",
+    "onnx": "makes and serves ONNX files",
+    "vllm": "makes and reads safetensors of few bits (compressed-tensors)",
+    "dev": "runs the tests",
+}
 _MARKS = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
 
 

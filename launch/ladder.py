@@ -332,7 +332,7 @@ def _rung(i: int, evaluations: Sequence[_Evaluation], student_name: str, fp32_by
 def _unquantized(name: str, names: Sequence[str]) -> str | None:
     """The rung of the same engine whose weights are not quantized, where `name` is a quantized one."""
     engine, dash, kind = name.partition("-")
-    plain = ("float32", "f32", "float16", "f16")
+    plain = ("float32", "f32", "float16", "f16", "bf16")
     if not dash or kind in plain:
         return None
     return next((f"{engine}-{other}" for other in plain if f"{engine}-{other}" in names), None)

@@ -45,7 +45,7 @@ def quantize(model: str, out: Path, targets: Sequence[str], texts: Path, console
     if made:
         table = Table(box=None)
         for column in ("Target", "Weights", "Of fp32", "Bits a parameter", "Bits a weight", "Error, nats a token"):
-            table.add_column(column, justify="right" if table.columns else "left")
+            table.add_column(column, justify="right" if table.columns else "left", no_wrap=not table.columns)
         for target in made:
             table.add_row(*_row(DeployedModel.read(out / target)))
         console.print(table)

@@ -23,6 +23,16 @@ DeployTarget = Literal[
     "gguf-q4_0",
     "gguf-tq2_0",
     "gguf-tq1_0",
+    "onnx-float32",
+    "onnx-int8",
+    "onnx-int4",
+    "compressed-tensors-bf16",
+    "compressed-tensors-w8a8",
+    "compressed-tensors-fp8",
+    "compressed-tensors-w8a16",
+    "compressed-tensors-w4a16",
+    "compressed-tensors-w3a16",
+    "compressed-tensors-w2a16",
 ]
 Sharding = Literal["auto", "replica", "tensor", "zero3"]
 MAX_SERVER_LOG_PROBS = 20

@@ -13,11 +13,13 @@ from data.prompts import Part, TextFormat
 from train.artifacts import Family
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["auto", "cpu", "cuda"]
-RuntimeKind = Literal["transformers", "ctranslate2", "llama_cpp"]
+RuntimeKind = Literal["transformers", "ctranslate2", "llama_cpp", "onnx", "compressed_tensors"]
 
 
 class Runtime(Protocol):
@@ -134,16 +136,28 @@ class TransformersRuntime:
 
     def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> list[float]:
         """Natural log-probabilities that the model gives to the tokens of `target`, one after the other, after `prompt`."""
+        rows = self._logits(prompt, target).double().log_softmax(dim=-1)
+        return [float(row[token]) for row, token in zip(rows, target, strict=True)]
+
+    def logits(self, prompt: Sequence[int], target: Sequence[int]) -> NDArray[np.float32]:
+        """[tokens of target, vocabulary] what the tokens of `target` are chosen from."""
+        found: NDArray[np.float32] = self._logits(prompt, target).numpy()
+        return found
+
+    def _logits(self, prompt: Sequence[int], target: Sequence[int]) -> torch.Tensor:
         import torch
 
-        ids, ends = torch.tensor([list(prompt)], device=self.device), torch.tensor([list(target)], device=self.device)
+        def row(ids: Sequence[int]) -> torch.Tensor:
+            return torch.tensor([[*ids]], device=self.device)
+
         with torch.inference_mode():
-            if self.family == "decoder_only":
-                logits = self._model(input_ids=torch.cat([ids, ends[:, :-1]], dim=1), use_cache=False).logits[0, len(prompt) - 1 :]
+            if self.family == "encoder_decoder":
+                start = self._model.config.decoder_start_token_id
+                logits = self._model(input_ids=row(prompt), decoder_input_ids=row([start, *target[:-1]]), use_cache=False).logits[0]
             else:
-                logits = self._model(input_ids=ids, labels=ends, use_cache=False).logits[0]
-            found = logits.float().log_softmax(dim=-1).gather(1, ends[0, :, None])[:, 0]
-        return [float(value) for value in found]
+                logits = self._model(input_ids=row([*prompt, *target]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        found: torch.Tensor = logits.float().cpu()
+        return found
 
     def peak_device_bytes(self) -> int | None:
         """Most GPU memory that torch has held; None on a CPU."""
@@ -192,6 +206,14 @@ def open_runtime(
     """
     if kind == "transformers":
         return TransformersRuntime(folder, device=device, dtype=dtype, threads=threads)
+    if kind == "compressed_tensors":
+        from train.deploy.compressed_tensors import CompressedTensorsRuntime
+
+        return CompressedTensorsRuntime(folder, device=device, dtype=dtype, threads=threads)
+    if kind == "onnx":
+        from train.deploy.onnx_runtime import OnnxRuntime
+
+        return OnnxRuntime(folder, device=device, threads=threads)
     if kind == "llama_cpp":
         from train.deploy.llama_cpp import LlamaCppRuntime
 

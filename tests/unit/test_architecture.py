@@ -32,6 +32,10 @@ OWNERS = {
     "peft": {"train.lora"},
     "ctranslate2": {"train.deploy.ctranslate2"},
     "gguf": {"train.deploy.gguf"},
+    "onnxruntime": {"train.deploy.onnx_runtime"},
+    "onnxruntime_genai": {"train.deploy.onnx_decoder"},
+    "llmcompressor": {"train.deploy.compressed_tensors"},
+    "compressed_tensors": {"train.deploy.compressed_tensors"},
     "xllamacpp": {"train.deploy.llama_cpp"},
     "matplotlib": {"launch.report", "launch.plots"},
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,8 @@ def fp32_bytes(model_folder: Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Makes the file of the request named on the command line; the exit status. What a user can mend is told in one line."""
+    # Libraries that look whether DeepSpeed is there have it print which accelerator it fell back to.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if len(arguments) != 1:
         print("usage: python -m train.deploy.stage REQUEST.json", file=sys.stderr)
         return 2

@@ -108,10 +108,31 @@ TARGETS: dict[str, Target] = {
             "tq1_0": ("TQ1_0", 1.6),
         },
     ),
+    **_of("onnx", "onnx", _BOTH, "float32", {"float32": ("float32", 32), "int8": ("int8", 8), "int4": ("int4", 4)}),
+    **_of(
+        "compressed_tensors",
+        "compressed-tensors",
+        _BOTH,
+        "bf16",
+        {"bf16": ("BF16", 16), "w8a8": ("I8", 8), "fp8": ("F8_E4M3", 8)},
+    ),
+    # Packed weights of a T5 do not load again in transformers 5.17: it looks for each matrix's `weight` while it loads.
+    **_of(
+        "compressed_tensors",
+        "compressed-tensors",
+        _DECODERS,
+        "bf16",
+        {"w8a16": ("INT8", 8), "w4a16": ("INT4", 4), "w3a16": ("INT3", 3), "w2a16": ("INT2", 2)},
+    ),
 }
 """By name; the names are those of `train.config.DeployTarget`."""
 
-_RUNTIMES: dict[Format, RuntimeKind] = {"ctranslate2": "ctranslate2", "gguf": "llama_cpp"}
+_RUNTIMES: dict[Format, RuntimeKind] = {
+    "ctranslate2": "ctranslate2",
+    "gguf": "llama_cpp",
+    "onnx": "onnx",
+    "compressed_tensors": "compressed_tensors",
+}
 _LIBRARIES: dict[Format, tuple[tuple[str, ...], str]] = {
     "ctranslate2": (("ctranslate2",), "stepdown"),
     "gguf": (("gguf", "xllamacpp"), "stepdown[gguf]"),
