@@ -169,14 +169,19 @@ def _markdown_section(section: Section) -> list[str]:
     lines += [line for paragraph in section.paragraphs for line in (_inline(paragraph), "")]
     for table in section.tables:
         lines += [f"### {_inline(table.title)}", ""] if table.title else []
-        rules = [":---" if i < table.text_columns else "---:" for i in range(len(table.columns))]
-        lines += [_row(table.columns), f"| {' | '.join(rules)} |", *map(_row, table.rows), ""]
+        lines += [*markdown_table(table), ""]
     if section.code:
         # A fence longer than any run of backticks inside cannot be closed by the text.
         fence = "`" * (max([2, *map(len, re.findall("`+", section.code))]) + 1)
         lines += [fence, section.code.rstrip("\n"), fence, ""]
     lines += [f"- {_inline(note)}" for note in section.notes]
     return [*lines, ""] if section.notes else lines
+
+
+def markdown_table(table: Table) -> list[str]:
+    """A table's lines as GitHub Markdown, without its title."""
+    rules = [":---" if i < table.text_columns else "---:" for i in range(len(table.columns))]
+    return [_row(table.columns), f"| {' | '.join(rules)} |", *map(_row, table.rows)]
 
 
 def _row(cells: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from launch.card import write_card
 from launch.config import RESOLVED, load_config
 from launch.ladder import Report, ReportInputs, StageCost, build
 from launch.local import made
@@ -51,6 +52,9 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
         )
     )
     write(built, folder)
+    for rung in built.rungs:
+        if rung.name in built.deployed:
+            write_card(built, rung, stages[f"deploy.{rung.name}"].folder / "model")
     terminal_table(built, console)
     console.print(f"report: {folder / 'report.html'} (also report.md and report.json)", soft_wrap=True, highlight=False, markup=False)
     return built

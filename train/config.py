@@ -610,6 +610,7 @@ class DeployConfig(Section):
         min_length=1,
         description="Artifacts to make of the student; each is a rung of the ladder.",
     )
+    license: str | None = Field(None, description="SPDX id of the licence of what you ship, for its model card: apache-2.0, mit, ...")
 
 
 class EvaluateConfig(Section):

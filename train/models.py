@@ -235,6 +235,12 @@ def skeleton(source: str, key: str) -> PreTrainedModel:
     return model
 
 
+def _persistent(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what a model works out for itself when it is made: rotary frequencies and the like."""
+    own = {plain_name(f"{prefix}.{name}") for prefix, module in model.named_modules() for name in module._non_persistent_buffers_set}
+    return {name: value for name, value in weights.items() if name not in own}
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -260,7 +266,7 @@ def save_model(
             assert all(plain_name(name) == name for name, _ in model.named_parameters()), "a model with adapters is saved by merged weights"
             model.save_pretrained(folder)
         else:
-            weights = _without_tied_copies(model, state_dict)
+            weights = _persistent(model, _without_tied_copies(model, state_dict))
             model.save_pretrained(folder, state_dict=weights)
             # save_pretrained notes the precision of the live model, which trains in another one than the gathered weights have.
             model.config.dtype = next(value.dtype for value in state_dict.values() if value.is_floating_point())

@@ -432,8 +432,11 @@ def test_architectures_without_a_graph_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"^deploy.targets: there is no ONNX graph for an encoder-decoder of type 'longt5' .*: choose a t5"
     ):
         _deploy(tmp_path / "long", "int8")
+    _random_decoder(tmp_path / "narrow", head_dim=8)
+    with pytest.raises(ValueError, match=r"^deploy.targets: a head of the student has 8 numbers, .* takes multiples of 16: choose"):
+        _deploy(tmp_path / "narrow", "int8")
     config = AutoConfig.for_model("gpt2", vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, n_head=2, n_positions=64)
     save_model(AutoModelForCausalLM.from_config(config), TOKENIZER, _layout("decoder_only"), tmp_path / "gpt")
     with pytest.raises(ValueError, match=r"^deploy.targets: onnxruntime-genai cannot build a graph of the student \(.*\); choose"):
         _deploy(tmp_path / "gpt", "int8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "long"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "long", "narrow"]

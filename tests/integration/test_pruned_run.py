@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -46,8 +48,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def started(start: Start, folder: Path, command: str, prune: dict[str, Any], **student: Any) -> str:
+def started(start: Start, folder: Path, command: str, prune: dict[str, Any], targets: list[str] | None = None, **student: Any) -> str:
     config = {**CONFIG, "student": {**CONFIG["student"], **student, "prune": prune}}
+    config["deploy"] = {"targets": targets or CONFIG["deploy"]["targets"]}
     (folder / "pruned.yaml").write_text(yaml.safe_dump(config))
     process = start(folder, command, "pruned.yaml")
     output, _ = process.communicate(timeout=300)
@@ -57,6 +60,10 @@ def started(start: Start, folder: Path, command: str, prune: dict[str, Any], **s
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model" / "model.safetensors")
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
 def artifact(folder: Path) -> dict[str, Any]:
@@ -85,6 +92,35 @@ def test_neurons_go_step_by_step_and_the_smaller_model_is_shipped(tmp_path: Path
 
 
 LLAMA = {"model": {"from_scratch": "llama", **SIZES}}
+WIDE = {"model": {"from_scratch": "llama", **SIZES, "heads": 2, "d_ff": 96}}
+EVERYWHERE = ["ctranslate2-int8", "gguf-q8_0", "onnx-int8", "compressed-tensors-w8a16"]
+
+
+def test_a_llama_without_a_third_of_its_neurons_answers_in_every_runtime(tmp_path: Path, start: Start) -> None:
+    started(start, tmp_path, "run", {"method": "neuron", "fraction": 0.33, "round_to": 32}, EVERYWHERE, **WIDE)
+    stages = read_stages(tmp_path / "runs" / "pruned")
+    assert AutoModelForCausalLM.from_pretrained(stages["prune"] / "model").config.intermediate_size == 64
+    expected = [answer["answer"] for answer in answers(stages["evaluate.pruned"])]
+    for target in EVERYWHERE:
+        assert artifact(stages[f"deploy.{target}"])["num_parameters"] == artifact(stages["prune"])["num_parameters"]
+        found = [answer["answer"] for answer in answers(stages[f"evaluate.{target}"])]
+        assert sum(ours == theirs for ours, theirs in zip(found, expected, strict=True)) >= 0.8 * len(expected), target
+    assert any(expected), "answers that were never learnt could agree by all being empty"
+
+
+def test_zeros_stay_zero_in_a_packed_file(tmp_path: Path, start: Start) -> None:
+    started(start, tmp_path, "deploy", {"method": "magnitude", "fraction": 0.6}, ["gguf-q8_0", "gguf-q4_0"], **WIDE)
+    stages = read_stages(tmp_path / "runs" / "pruned")
+    before = weights(stages["prune"])["model.layers.0.mlp.up_proj.weight"] == 0
+    assert 0.55 < float(before.float().mean()) < 0.65
+    for target in ("gguf-q8_0", "gguf-q4_0"):
+        held = {tensor.name: tensor for tensor in GGUFReader(stages[f"deploy.{target}"] / "model" / "model.gguf").tensors}
+        tensor = held["blk.0.ffn_up.weight"]
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).view(before.shape)
+        assert not values[before].any()
+        assert values[~before].any()
+
+
 PRUNINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "magnitude": ({"method": "magnitude", "fraction": 0.6}, LLAMA),
     "global cubic": ({"method": "magnitude", "fraction": 0.5, "scope": "global", "schedule": "cubic", "every": 3, "epochs": 2}, LLAMA),

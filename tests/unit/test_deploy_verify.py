@@ -15,7 +15,7 @@ import pytest
 from data.examples import TaskExample
 from data.prompts import TextFormat
 from train.config import DeployTarget
-from train.deploy import targets, verify
+from train.deploy import ctranslate2, targets, verify
 from train.deploy.stage import samples_of
 from train.deploy.targets import TARGETS, Stored, check_possible
 from train.deploy.verify import Probe, VerifyRequest, check_error, check_stored
@@ -58,6 +58,14 @@ def test_scales_are_allowed_and_dense_matrices_are_not() -> None:
         check_stored(Q4, [matrix(4.5), matrix(16, "F16")], SOURCE)
     with pytest.raises(RuntimeError, match=r"holds 32.00 bits a weight .*\(none as anything else\)"):
         check_stored(replace(Q4, type="F32"), [matrix(32, "F32")], 10 * SOURCE)
+
+
+def test_a_scale_for_each_row_is_allowed_however_short_the_rows() -> None:
+    short = Stored("decoder/layer_0/x/weight", 1024, 1024 + 4 * 64, "int8", is_matrix=True, num_scaled_rows=64)
+    assert short.bits == 10
+    check_stored(INT8, [short], SOURCE)
+    with pytest.raises(RuntimeError, match=r"ctranslate2-int8 holds 10.00 bits a weight"):
+        check_stored(INT8, [replace(short, num_scaled_rows=0)], SOURCE)
 
 
 def test_a_file_of_nothing_and_one_that_is_no_smaller() -> None:
@@ -122,6 +130,19 @@ def test_a_file_is_opened_by_its_own_runtime_and_described(tmp_path: Path, monke
     assert (found.types, found.fallbacks) == ({"Q4_0": 39, "Q8_0": 2}, ["blk.2.ffn_up.weight"])
     assert json.loads((tmp_path / "found.json").read_text())["fallbacks"] == ["blk.2.ffn_up.weight"]
     assert verify.Verified.read(tmp_path / "found.json") == found
+
+
+def test_ctranslate2_takes_a_gpu_only_with_the_library_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctranslate2.ctranslate2, "get_cuda_device_count", lambda: 1)
+    monkeypatch.setattr(ctranslate2.ctypes, "CDLL", missing)
+    assert [ctranslate2._usable(device) for device in ("cpu", "auto")] == ["cpu", "cpu"]
+    with pytest.raises(RuntimeError, match=r"device is cuda, but CTranslate2 needs libcublas.so.12, which is not found: pip install"):
+        ctranslate2._usable("cuda")
+    monkeypatch.setattr(ctranslate2.ctypes, "CDLL", lambda name: None)
+    assert [ctranslate2._usable(device) for device in ("auto", "cuda")] == ["auto", "cuda"]
 
 
 def test_calibration_reads_what_the_student_does() -> None:

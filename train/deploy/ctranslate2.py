@@ -6,6 +6,7 @@ a prompt from `stepdown.json`. Converting needs both.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import shutil
@@ -29,6 +30,7 @@ Device = Literal["auto", "cpu", "cuda"]
 WEIGHTS = "model.bin"
 _TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
 """By their number in the file."""
+_CUBLAS = "libcublas.so.12"
 _VOCABULARIES = ("shared_vocabulary.json", "vocabulary.json")
 
 
@@ -47,7 +49,8 @@ def stored(folder: Path) -> list[Stored]:
             continue
         scale = found.get(f"{name}_scale")
         is_matrix = len(shape) == 2 and "/layer_" in name and name.endswith("/weight")
-        tensors.append(Stored(name, math.prod(shape), num_bytes + (scale[2] if scale else 0), kind, is_matrix))
+        scales, rows = (scale[2], shape[0]) if scale else (0, 0)
+        tensors.append(Stored(name, math.prod(shape), num_bytes + scales, kind, is_matrix, rows))
     return tensors
 
 
@@ -138,6 +141,26 @@ def _converter(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return FolderConverter(str(folder))
 
 
+def _usable(device: Device) -> Device:
+    """The device, if the engine can multiply there: it finds out only when it first does, and fails then.
+
+    Raises:
+        RuntimeError: if device is cuda and its library is missing.
+    """
+    if device == "cpu" or not ctranslate2.get_cuda_device_count():
+        return device
+    try:
+        ctypes.CDLL(_CUBLAS)
+    except OSError:
+        if device == "cuda":
+            raise RuntimeError(
+                f"device is cuda, but CTranslate2 needs {_CUBLAS}, which is not found: pip install nvidia-cublas-cu12 and put its lib "
+                "folder on LD_LIBRARY_PATH, or choose device cpu"
+            ) from None
+        return "cpu"
+    return device
+
+
 class Ctranslate2Runtime:
     """A deployed model, ready to answer; loads without torch and transformers."""
 
@@ -167,7 +190,7 @@ class Ctranslate2Runtime:
         self._tokenizer.encode_special_tokens = True  # a text that spells a special token gives ordinary tokens, as in training
         engine = ctranslate2.Translator if self.family == "encoder_decoder" else ctranslate2.Generator
         try:
-            self._engine = engine(str(folder), device=device, intra_threads=threads)
+            self._engine = engine(str(folder), device=_usable(device), intra_threads=threads)
         except RuntimeError as error:
             raise RuntimeError(
                 f"CTranslate2 cannot load {folder} on device {device!r} ({error}): run deploy again, or choose device cpu"

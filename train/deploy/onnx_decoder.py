@@ -14,6 +14,7 @@ from data.prompts import TextFormat
 from train.deploy.onnx_graph import Graph, Weights, value
 
 DECODER = "decoder.onnx"
+_HEAD_SIZES = 16
 
 
 def _build(source: Path, folder: Path) -> None:
@@ -56,6 +57,11 @@ class DecoderGraph:
             raise ValueError(
                 f"deploy.targets: onnxruntime-genai builds another graph than ours for a student of type {self._settings['type']!r}; "
                 "choose a student of a family such as llama, mistral, qwen2 or qwen3, or another target"
+            )
+        if (size := self._settings["decoder"]["head_size"]) % _HEAD_SIZES:
+            raise ValueError(
+                f"deploy.targets: a head of the student has {size} numbers, but ONNX Runtime's attention takes multiples of {_HEAD_SIZES}: "
+                "choose a student of fewer or larger heads, or another target"
             )
         self._arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in self._built.initializer}
         self._places = self._shorten_positions(form)

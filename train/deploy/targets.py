@@ -70,6 +70,8 @@ class Stored:
     """By the format's own name."""
     is_matrix: bool
     """A matrix of the model's layers, which a quantized target quantizes; not an embedding, the head or a vector."""
+    num_scaled_rows: int = 0
+    """Rows that have one scale each, in a format without smaller groups: how much that adds depends on their length."""
 
     @property
     def bits(self) -> float:

@@ -26,7 +26,7 @@ FLOOR = -10.0
 """Nats: all that is less probable counts as being so improbable. A sure model's least tokens are far apart and mean nothing."""
 _BOUNDS = {16: 0.05, 8: 0.25, 5: 0.4, 4: 1.0}
 """Most nats a token, on average, that a target of at least so many bits may be off; below there is no bound, only finiteness."""
-_SOURCE_BITS = 32
+_SOURCE_BITS = _SCALE_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,10 @@ def check_stored(target: Target, tensors: Sequence[Stored], source_bytes: int) -
             f"deploy.targets: {target.name} takes {size:,} bytes, not fewer than its fp32 source ({source_bytes:,}): the model is too "
             "small to gain from it; remove the target"
         )
-    bits = _bits(matrices)
-    if bits > target.bits + SLACK_BITS:
+    bits, weights = _bits(matrices), sum(tensor.num_weights for tensor in matrices)
+    # A scale a row is what such a format is; only of rows of some 40 weights is it more than the slack.
+    slack = max(SLACK_BITS, _SCALE_BITS * sum(tensor.num_scaled_rows for tensor in matrices) / weights)
+    if bits > target.bits + slack:
         others = Counter(tensor.type for tensor in matrices if tensor.type != target.type)
         kinds = ", ".join(f"{count} of {len(matrices)} as {kind}" for kind, count in others.items()) or "none as anything else"
         raise RuntimeError(
