@@ -15,6 +15,7 @@ from typing import Any
 from data.examples import read_examples
 from launch import report_html as words
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
+from train.deploy.targets import TARGETS
 from train.significance import mcnemar, wilson
 
 TEACHER = "teacher"
@@ -331,11 +332,11 @@ def _rung(i: int, evaluations: Sequence[_Evaluation], student_name: str, fp32_by
 
 def _unquantized(name: str, names: Sequence[str]) -> str | None:
     """The rung of the same engine whose weights are not quantized, where `name` is a quantized one."""
-    engine, dash, kind = name.partition("-")
-    plain = ("float32", "f32", "float16", "f16", "bf16")
-    if not dash or kind in plain:
+    target = TARGETS.get(name)
+    if target is None or not target.quantizes:
         return None
-    return next((f"{engine}-{other}" for other in plain if f"{engine}-{other}" in names), None)
+    of_engine = (other for other in TARGETS.values() if other.format == target.format and not other.quantizes)
+    return next((other.name for other in of_engine if other.name in names), None)
 
 
 def _paired(this: _Evaluation, other: _Evaluation) -> Paired:

@@ -17,7 +17,7 @@ from rich.console import Console
 from data.examples import TaskExample, write_examples
 from launch import plots
 from launch import report_html as words
-from launch.ladder import Paired, Report, ReportInputs, StageCost, build, compare
+from launch.ladder import Paired, Report, ReportInputs, StageCost, _unquantized, build, compare
 from launch.report import page, terminal_table, write
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 
@@ -191,6 +191,22 @@ def test_the_unquantized_rung_of_the_same_engine_is_found_wherever_it_stands(inp
     assert int8.before is not None
     assert int8.same_engine is not None
     assert (int8.before.against, int8.same_engine.against, int8.student) == ("teacher", "ctranslate2-float32", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("compressed-tensors-w8a8", "compressed-tensors-bf16"),
+        ("gguf-tq2_0", "gguf-f16"),
+        ("onnx-int4", "onnx-float32"),
+        ("ctranslate2-int8", "ctranslate2-float16"),
+        ("gguf-f16", None),
+        ("step_by_step", None),
+    ],
+)
+def test_each_quantized_file_has_an_unquantized_one_of_its_engine(name: str, plain: str | None) -> None:
+    names = ["step_by_step", "ctranslate2-float16", "gguf-f16", "onnx-float32", "compressed-tensors-bf16", name]
+    assert _unquantized(name, names) == plain
 
 
 def test_without_an_unquantized_rung_there_is_no_same_engine_test(inputs: ReportInputs) -> None:

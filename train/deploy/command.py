@@ -20,6 +20,7 @@ from train.deploy.request import QuantizeRequest
 from train.deploy.stage import NUM_SAMPLES, deploy
 from train.deploy.targets import TARGETS, Sample
 from train.models import family_of, load_model, save_model
+from train.progress import StageProgress
 from train.runtimes import TransformersRuntime
 from train.tokenization import load_tokenizer, text_format
 from train.told import status_of
@@ -39,12 +40,15 @@ def run(request: QuantizeRequest) -> None:
     source, lost = out / ".source", []
     try:
         samples = _opened(request, source)
-        for name in request.targets:
-            try:
-                deploy(TARGETS[name], source, out / name, samples, TransformersRuntime(source, device="cpu"))
-            except (ValueError, RuntimeError) as error:
-                lost.append(name)
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        with StageProgress("quantize", len(request.targets), "files") as progress:
+            for name in request.targets:
+                try:
+                    made = deploy(TARGETS[name], source, out / name, samples, TransformersRuntime(source, device="cpu"))
+                    progress.advance(1, f"{name}: {made.weight_bytes:,} bytes")
+                except (ValueError, RuntimeError) as error:
+                    lost.append(name)
+                    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                    progress.advance(1, f"{name}: not made")
     finally:
         shutil.rmtree(source, ignore_errors=True)
     if lost:

@@ -1,4 +1,4 @@
-"""The files that a student can become: which runtime loads each, what its weights are stored as, and what that is compared with.
+"""The files that a student can become: which runtime loads each, and what its weights are stored as.
 
 Imports no library of any runtime. A format is a module of this folder with three names:
 
@@ -42,8 +42,6 @@ class Target:
     bits: float
     """Of a weight of a quantized matrix, by that name."""
     families: tuple[Family, ...]
-    unquantized: str
-    """The target of the same runtime whose weights are stored as they are; itself for such a one."""
 
     @property
     def runtime(self) -> RuntimeKind:
@@ -79,13 +77,8 @@ class Stored:
         return 8 * self.num_bytes / self.num_weights
 
 
-def _of(
-    format: Format, prefix: str, families: tuple[Family, ...], unquantized: str, types: dict[str, tuple[str, float]]
-) -> dict[str, Target]:
-    return {
-        f"{prefix}-{name}": Target(f"{prefix}-{name}", format, type, bits, families, f"{prefix}-{unquantized}")
-        for name, (type, bits) in types.items()
-    }
+def _of(format: Format, prefix: str, families: tuple[Family, ...], types: dict[str, tuple[str, float]]) -> dict[str, Target]:
+    return {f"{prefix}-{name}": Target(f"{prefix}-{name}", format, type, bits, families) for name, (type, bits) in types.items()}
 
 
 TARGETS: dict[str, Target] = {
@@ -93,14 +86,12 @@ TARGETS: dict[str, Target] = {
         "ctranslate2",
         "ctranslate2",
         _BOTH,
-        "float32",
         {"float32": ("float32", 32), "float16": ("float16", 16), "int8": ("int8", 8), "int8_float16": ("int8", 8)},
     ),
     **_of(
         "gguf",
         "gguf",
         _DECODERS,
-        "f16",
         {
             "f16": ("F16", 16),
             "q8_0": ("Q8_0", 8),
@@ -110,12 +101,11 @@ TARGETS: dict[str, Target] = {
             "tq1_0": ("TQ1_0", 1.6),
         },
     ),
-    **_of("onnx", "onnx", _BOTH, "float32", {"float32": ("float32", 32), "int8": ("int8", 8), "int4": ("int4", 4)}),
+    **_of("onnx", "onnx", _BOTH, {"float32": ("float32", 32), "int8": ("int8", 8), "int4": ("int4", 4)}),
     **_of(
         "compressed_tensors",
         "compressed-tensors",
         _BOTH,
-        "bf16",
         {"bf16": ("BF16", 16), "w8a8": ("I8", 8), "fp8": ("F8_E4M3", 8)},
     ),
     # Packed weights of a T5 do not load again in transformers 5.17: it looks for each matrix's `weight` while it loads.
@@ -123,7 +113,6 @@ TARGETS: dict[str, Target] = {
         "compressed_tensors",
         "compressed-tensors",
         _DECODERS,
-        "bf16",
         {"w8a16": ("INT8", 8), "w4a16": ("INT4", 4), "w3a16": ("INT3", 3), "w2a16": ("INT2", 2)},
     ),
 }
