@@ -42,7 +42,7 @@ def write_card(report: Report, rung: Rung, folder: Path) -> Path:
 def card(report: Report, rung: Rung, form: TextFormat) -> str:
     """The card in Markdown, behind the front matter that model hubs read."""
     made, config = report.deployed[rung.name], report.config
-    licence = config.get("deploy", {}).get("license", _UNSTATED)
+    licence = config.get("deploy", {}).get("license") or _UNSTATED
     front = {"license": licence, "base_model": _named(config["student"]["model"]), "tags": ["stepdown", "distillation", made.runtime]}
     return "\n\n".join(
         [

@@ -170,6 +170,8 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
     made = made_by(config, table, stage.detail).folder
     form = TextFormat.load(made / "model")
     parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
+    if deployed and common["device"] == "cuda" and TARGETS[stage.detail].format in ("gguf", "onnx"):
+        common["device"] = "auto"  # engines that are mostly installed for CPUs: they take a GPU where they can
     return EvalRequest(
         **common,
         runtime=TARGETS[stage.detail].runtime if deployed else "transformers",
@@ -250,7 +252,10 @@ def _deploy(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     request = stage.folder / "request.json"
     trained, task, teach = shipped(config, table).folder, table[TASK].folder, table[TEACH].folder
     DeployRequest(stage.detail, str(trained), str(task), str(teach), str(stage.folder)).write(request)
-    return supervise(deploy_command(request), worker_environment(1, cpu_count(), config.launch.device)) == 0
+    status = supervise(deploy_command(request), worker_environment(1, cpu_count(), config.launch.device))
+    if status < 0:
+        print(f"error: {stage.name} was ended by signal {-status}: often the memory is used up", file=sys.stderr, flush=True)
+    return status == 0
 
 
 def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:

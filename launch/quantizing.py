@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def quantize(model: str, out: Path, targets: Sequence[str], texts: Path, console
 
     Args:
         model: hub id, folder, .gguf file or package:NAME/FILE.
-        out: made where missing; a target that is there already is refused.
+        out: made where missing; a target that is there already is not made again.
         targets: some of `TARGETS`.
         texts: to calibrate and verify on.
         console: to tell it on.
@@ -34,13 +35,16 @@ def quantize(model: str, out: Path, targets: Sequence[str], texts: Path, console
     for target in targets:
         if target not in TARGETS:
             raise ValueError(f"--target is {target}: give one of {', '.join(TARGETS)}")
-        if (out / target / ARTIFACT).exists():
-            raise ValueError(f"{out / target} holds an earlier result: give another folder, or remove that")
     wanted = list(dict.fromkeys(targets))
+    left = [target for target in wanted if not (out / target / ARTIFACT).exists()]
+    asked = QuantizeRequest(model, left, str(texts), str(out))
+    earlier = out / "request.json"
+    if earlier.is_file() and json.loads(earlier.read_text())["model"] != model:
+        raise ValueError(f"{out} holds files of another model ({json.loads(earlier.read_text())['model']}): give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    QuantizeRequest(model, wanted, str(texts), str(out)).write(out / "request.json")
-    command = [sys.executable, "-m", "train.deploy.command", str(out / "request.json")]
-    status = supervise(command, worker_environment(1, cpu_count()))
+    asked.write(earlier)
+    command = [sys.executable, "-m", "train.deploy.command", str(earlier)]
+    status = supervise(command, worker_environment(1, cpu_count())) if left else 0
     made = [target for target in wanted if (out / target / ARTIFACT).exists()]
     if made:
         table = Table(box=None)

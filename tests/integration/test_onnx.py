@@ -439,4 +439,3 @@ def test_architectures_without_a_graph_are_refused(tmp_path: Path) -> None:
     save_model(AutoModelForCausalLM.from_config(config), TOKENIZER, _layout("decoder_only"), tmp_path / "gpt")
     with pytest.raises(ValueError, match=r"^deploy.targets: onnxruntime-genai cannot build a graph of the student \(.*\); choose"):
         _deploy(tmp_path / "gpt", "int8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "long", "narrow"]

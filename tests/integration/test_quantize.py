@@ -55,6 +55,7 @@ def test_a_target_that_fails_leaves_the_others(model: Path, tmp_path: Path, star
         assert made.error_nats < 0.05
         assert f"{made.bits_a_weight:.2f}" in output
         runtime = open_runtime(TARGETS[target].runtime, folder / "model", device="cpu", threads=1)
+        assert not target.startswith("gguf") or (folder / "model" / "Modelfile").read_text() == "FROM ./model.gguf\n"
         assert len(runtime.answer([runtime.encode(TEXTS[0])], 4)[0]) <= 4
 
 
@@ -65,5 +66,8 @@ def test_what_cannot_be_made_is_told(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--target is gguf-q3: give one of ctranslate2-float32, .*gguf-tq1_0"):
         asked("gguf-q8_0", "gguf-q3")
     DeployedModel("gguf-q8_0", "llama_cpp", "decoder_only", 1, 1, 4, 1, 1, 1).write(tmp_path / "gguf-q8_0")
-    with pytest.raises(ValueError, match=r"gguf-q8_0 holds an earlier result: give another folder, or remove that"):
+    asked("gguf-q8_0")
+    assert not (tmp_path / "gguf-q8_0" / "model").exists(), "what is done is not made again"
+    (tmp_path / "request.json").write_text('{"model": "another"}')
+    with pytest.raises(ValueError, match=r"holds files of another model \(another\): give another folder"):
         asked("gguf-q8_0")

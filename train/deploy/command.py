@@ -17,8 +17,8 @@ import torch
 from data.texts import read_texts
 from train.artifacts import Family
 from train.deploy.request import QuantizeRequest
-from train.deploy.stage import NUM_SAMPLES, deploy
-from train.deploy.targets import TARGETS, Sample
+from train.deploy.stage import NUM_PROBES, NUM_SAMPLES, deploy
+from train.deploy.targets import GGUF_FILE, TARGETS, Sample
 from train.models import family_of, load_model, save_model
 from train.progress import StageProgress
 from train.runtimes import TransformersRuntime
@@ -27,6 +27,8 @@ from train.told import status_of
 
 _TOKENS = 256
 """Most of a text."""
+_LONGEST = 2048
+"""Tokens of a prompt that the files have places for."""
 
 
 def run(request: QuantizeRequest) -> None:
@@ -38,16 +40,21 @@ def run(request: QuantizeRequest) -> None:
     """
     out = Path(request.out_folder)
     source, lost = out / ".source", []
+    shutil.rmtree(source, ignore_errors=True)
     try:
         samples = _opened(request, source)
         with StageProgress("quantize", len(request.targets), "files") as progress:
             for name in request.targets:
                 try:
-                    made = deploy(TARGETS[name], source, out / name, samples, TransformersRuntime(source, device="cpu"))
+                    reference = TransformersRuntime(source, device="cpu")
+                    made = deploy(TARGETS[name], source, out / name, samples, samples[:NUM_PROBES], reference)
+                    if (told := out / name / "model" / "Modelfile").is_file():
+                        told.write_text(f"FROM ./{GGUF_FILE}\n")  # the model's own template, not a task's
                     progress.advance(1, f"{name}: {made.weight_bytes:,} bytes")
-                except (ValueError, RuntimeError) as error:
+                except Exception as error:  # of a converter: whatever it is, the others are made
                     lost.append(name)
-                    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                    kind = "" if isinstance(error, ValueError | RuntimeError) else f"{name}: {type(error).__name__}: "
+                    print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
                     progress.advance(1, f"{name}: not made")
     finally:
         shutil.rmtree(source, ignore_errors=True)
@@ -64,7 +71,8 @@ def _opened(request: QuantizeRequest, source: Path) -> list[Sample]:
         raise ValueError(f"{request.texts} holds no text of two tokens or more")
     model = load_model(request.model, tokenizer, seed=0, dtype=torch.float32, key="MODEL")
     family = family_of(model)
-    form = text_format(tokenizer, family, max_input_tokens=_TOKENS, max_label_tokens=_TOKENS, max_rationale_tokens=_TOKENS)
+    longest = min(_LONGEST, getattr(model.config, "max_position_embeddings", None) or _LONGEST)
+    form = text_format(tokenizer, family, max_input_tokens=longest, max_label_tokens=_TOKENS, max_rationale_tokens=_TOKENS)
     save_model(model, tokenizer, form, source)
     return [_sample(row, form.prefix_ids, form.eos_id, family) for row in rows if len(row) > 1]
 

@@ -57,7 +57,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     from train.models import load_folder
 
     del calibration
-    model, _, form = load_folder(source, dtype=torch.float32)
+    model, tokenizer, form = load_folder(source, dtype=torch.float32)
     config = model.config
     architecture = _ARCHITECTURES.get(config.model_type)
     if architecture is None:
@@ -67,6 +67,8 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     writer = gguf.GGUFWriter(out / GGUF_FILE, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
     _describe(writer, config, target)
     _add_vocabulary(writer, json.loads((source / TOKENIZER).read_text(encoding="utf-8")), form, _num_rows(model), target)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
     for name, values in _tensors(model, architecture):
         kind = type_of(name, values.shape, target.type)
         writer.add_tensor(name, gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]), raw_dtype=gguf.GGMLQuantizationType[kind])

@@ -142,7 +142,7 @@ class LlamaCppRuntime:
 
     def _post(self, path: str, **values: Any) -> Any:
         body = json.dumps({"temperature": 0.0, "cache_prompt": False, **values})
-        with contextlib.closing(http.client.HTTPConnection(self._address, timeout=600)) as connection:
+        with contextlib.closing(http.client.HTTPConnection(self._address)) as connection:
             connection.request("POST", path, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             text = answer.read()

@@ -44,10 +44,10 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     if not (source / TOKENIZER).is_file():
         raise ValueError(f"{source} has no {TOKENIZER}, which the deployed model needs: give the student a fast tokenizer")
     form = TextFormat.load(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".onnx.") as folder:
+    out.mkdir(parents=True)
+    # Within `out`, which goes with all that is in it where this is killed.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".build.") as folder:
         writer = T5Graphs(source) if form.family == "encoder_decoder" else DecoderGraph(source, Path(folder), form)
-        out.mkdir()
         with (out / WEIGHTS).open("wb") as file:
             graphs = writer.graphs(Weights(file), _BITS[target.type])
     for name, graph in graphs.items():

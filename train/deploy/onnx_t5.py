@@ -74,7 +74,7 @@ class T5Graphs:
         for i in layers:
             hidden = self._decoder_block(hidden, i)
         hidden = self._norm(hidden, "decoder.final_layer_norm.weight")
-        if self._config.scale_decoder_outputs:
+        if getattr(self._config, "scale_decoder_outputs", False):
             hidden = graph.add("Mul", [hidden, graph.constant("scale", np.array(self._config.d_model**-0.5, np.float32))], "scaled")
         graph.head(hidden, self._state["lm_head.weight"], "logits")
         names = [f"{i}.{kind}" for i in layers for kind in ("key", "value")]

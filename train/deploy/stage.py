@@ -31,7 +31,7 @@ from train.runtimes import TransformersRuntime, model_bytes
 from train.told import status_of
 
 MODEL = "model"
-NUM_SAMPLES, _PROBES = 256, 16
+NUM_SAMPLES, NUM_PROBES = 256, 16
 _LONGEST_PROBE = 24
 """Tokens of a probe's target: llama.cpp gives the probabilities of one token a request."""
 
@@ -45,11 +45,22 @@ def run(request: DeployRequest) -> DeployedModel:
     """
     source = Path(request.checkpoint_folder) / MODEL
     reference = TransformersRuntime(source, device="cpu")
-    samples = list(islice(_samples(request, reference.format, reference.encode), NUM_SAMPLES))
-    return deploy(TARGETS[request.target], source, Path(request.out_folder), samples, reference)
+    rows = list(read_examples(Path(request.task_folder) / "train.jsonl"))
+    held_out = {example.input for example in read_examples(Path(request.task_folder) / "test.jsonl")}
+    own = [row for row in rows if row.input not in held_out]
+    rationales = {record.id: record.rationale for record in read_records(Path(request.records_folder), "train") if record.rationale}
+
+    def samples(of: list[TaskExample], most: int) -> list[Sample]:
+        return list(islice(samples_of(of, rationales, reference.format, reference.encode), most))
+
+    # Where every input is one of the test split there is nothing to calibrate on; to compare two models any text will do.
+    calibration, compared = samples(own, NUM_SAMPLES), samples(own or rows, NUM_PROBES)
+    return deploy(TARGETS[request.target], source, Path(request.out_folder), calibration, compared, reference)
 
 
-def deploy(target: Target, source: Path, folder: Path, samples: Sequence[Sample], reference: TransformersRuntime) -> DeployedModel:
+def deploy(
+    target: Target, source: Path, folder: Path, samples: Sequence[Sample], compared: Sequence[Sample], reference: TransformersRuntime
+) -> DeployedModel:
     """Makes `folder/model` of a model folder.
 
     The model is made under another name and renamed when it is verified: a run that is killed, or fails, leaves no half-made model.
@@ -58,7 +69,8 @@ def deploy(target: Target, source: Path, folder: Path, samples: Sequence[Sample]
         target: what to make.
         source: a model folder of this project.
         folder: of this target alone.
-        samples: to calibrate on, and the first of them to verify on.
+        samples: to calibrate on.
+        compared: to verify on; at least one.
         reference: the source in fp32; of no use afterwards.
 
     Raises:
@@ -71,7 +83,7 @@ def deploy(target: Target, source: Path, folder: Path, samples: Sequence[Sample]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
-        probes = [_probe(reference, sample) for sample in samples[:_PROBES]]
+        probes = [_probe(reference, sample) for sample in compared]
         reference.close()  # a converter loads the model again
         module_of(target).make(source, unchecked, target, samples)
         verified = _verified(target, source, unchecked, folder, probes)
@@ -112,19 +124,12 @@ def _verified(target: Target, source: Path, unchecked: Path, folder: Path, probe
     path, out = folder / "verify.json", folder / "verified.json"
     VerifyRequest(target.name, str(unchecked), fp32_bytes(source), probes, str(out)).write(path)
     done = subprocess.run(command(path), stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode < 0:
+        raise RuntimeError(f"{target.name}: what loads it was ended by signal {-done.returncode}; often the memory is used up")
     if done.returncode:
         told = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
         raise RuntimeError(told[-1].removeprefix("error: "))
     return Verified.read(out)
-
-
-def _samples(request: DeployRequest, form: TextFormat, encode: Encode) -> Iterator[Sample]:
-    """What the student reads and writes on training rows: of each row its answer, and what the teacher explained."""
-    task = Path(request.task_folder)
-    held_out = {example.input for example in read_examples(task / "test.jsonl")}
-    rationales = {record.id: record.rationale for record in read_records(Path(request.records_folder), "train") if record.rationale}
-    rows = (example for example in read_examples(task / "train.jsonl") if example.input not in held_out)
-    return samples_of(rows, rationales, form, encode)
 
 
 def samples_of(rows: Iterable[TaskExample], rationales: dict[str, str], form: TextFormat, encode: Encode) -> Iterator[Sample]:
