@@ -84,8 +84,8 @@ def losses(folder: Path) -> dict[str, list[Any]]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "stages",
-    [("tune", "teach", "train.step_by_step_soft"), pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)],
-    ids=["three stages", "every stage"],
+    [("teach", "train.step_by_step_soft"), pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)],
+    ids=["two stages", "every stage"],
 )
 def test_killed_in_a_stage_it_goes_on_to_the_same_end(
     stages: tuple[str, ...], finished: Path, tmp_path: Path, tiny: dict[str, Any], start: Start
