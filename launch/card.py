@@ -120,7 +120,10 @@ def _ours(made: DeployedModel) -> str:
 
 
 def _gguf(made: DeployedModel) -> str:
-    return f'```\nollama create my-model -f Modelfile && ollama run my-model "INPUT"\nllama-server -m model.gguf\n```\n\n{_ours(made)}'
+    other = "" if made.cuts_as_trained else "Their own tokenizer cuts texts otherwise than the student learnt: give token ids.\n\n"
+    return (
+        f'{other}```\nollama create my-model -f Modelfile && ollama run my-model "INPUT"\nllama-server -m model.gguf\n```\n\n{_ours(made)}'
+    )
 
 
 def _compressed(made: DeployedModel) -> str:

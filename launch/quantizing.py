@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,8 +38,8 @@ def quantize(model: str, out: Path, targets: Sequence[str], texts: Path, console
     left = [target for target in wanted if not (out / target / ARTIFACT).exists()]
     asked = QuantizeRequest(model, left, str(texts), str(out))
     earlier = out / "request.json"
-    if earlier.is_file() and json.loads(earlier.read_text())["model"] != model:
-        raise ValueError(f"{out} holds files of another model ({json.loads(earlier.read_text())['model']}): give another folder")
+    if earlier.is_file() and (other := QuantizeRequest.read(earlier).model) != model:
+        raise ValueError(f"{out} holds files of another model ({other}): give another folder")
     out.mkdir(parents=True, exist_ok=True)
     asked.write(earlier)
     command = [sys.executable, "-m", "train.deploy.command", str(earlier)]

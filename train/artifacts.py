@@ -44,6 +44,21 @@ class Artifact:
             ) from error
 
 
+class Request:
+    """Base of what a process of its own is asked to do: a dataclass of plain values, in a file of JSON."""
+
+    __slots__ = ()
+
+    def write(self, path: Path) -> None:
+        """Writes it as JSON."""
+        write_json(path, asdict(self))  # type: ignore[call-overload]  # those that derive from it are dataclasses
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What `write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
 @dataclass(frozen=True, slots=True)
 class TaskFiles(Artifact):
     """The canonical examples of a task: train.jsonl, validation.jsonl, test.jsonl and rejected.jsonl."""
@@ -132,6 +147,8 @@ class DeployedModel(Artifact):
     """Tensors by what they are stored as."""
     fallbacks: list[str] = field(default_factory=list)
     """Matrices of the layers that are stored as something else than the target says."""
+    cuts_as_trained: bool | None = None
+    """Whether the engine's own tokenizer gives texts the tokens that the student learnt; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)

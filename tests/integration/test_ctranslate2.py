@@ -6,6 +6,7 @@ by so little that rounding decides it.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -315,6 +317,20 @@ def test_what_the_file_holds_adds_up_to_its_bytes(student: Student) -> None:
         assert (made.fallbacks, sum(made.types.values())) == ([], len(tensors))
         assert made.error_nats is not None
         assert made.error_nats < (1e-4 if target.endswith("float32") else 0.1)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fills(source: Path, out: Path, *_: object) -> None:
+        out.mkdir(parents=True)
+        (out / "model.bin").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stage, "module_of", lambda target: SimpleNamespace(make=fills))
+    with pytest.raises(
+        RuntimeError, match=r"deploy.targets: ctranslate2-int8 needs more room than .*/out has left: free some, or set output"
+    ):
+        _deployed("ctranslate2-int8", student.folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_weights_that_are_not_finite_are_told(student: Student, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.quantizing import quantize
 from train.artifacts import DeployedModel
+from train.deploy.request import QuantizeRequest
 from train.deploy.targets import TARGETS
 from train.runtimes import open_runtime
 from train.tokenization import train_tokenizer
@@ -68,6 +69,6 @@ def test_what_cannot_be_made_is_told(model: Path, tmp_path: Path) -> None:
     DeployedModel("gguf-q8_0", "llama_cpp", "decoder_only", 1, 1, 4, 1, 1, 1).write(tmp_path / "gguf-q8_0")
     asked("gguf-q8_0")
     assert not (tmp_path / "gguf-q8_0" / "model").exists(), "what is done is not made again"
-    (tmp_path / "request.json").write_text('{"model": "another"}')
+    QuantizeRequest("another", ["gguf-q8_0"], "texts", str(tmp_path)).write(tmp_path / "request.json")
     with pytest.raises(ValueError, match=r"holds files of another model \(another\): give another folder"):
         asked("gguf-q8_0")

@@ -67,6 +67,8 @@ def test_a_card_says_what_it_is_and_what_it_is_worth(tmp_path: Path) -> None:
     ):
         assert said in body, said
     assert "ctranslate2-int8" not in body, "another file's figures"
+    assert "Their own tokenizer cuts texts otherwise" in body
+    assert "Their own tokenizer" not in card(*report("gguf-q8_0", CONFIG, cuts_as_trained=True), FORM)
 
 
 def test_a_licence_that_nobody_stated_is_not_made_up() -> None:

@@ -19,7 +19,7 @@ from launch import local
 from launch.agent import PARENT
 from launch.config import Config, validate
 from launch.hardware import DetectedGpu
-from launch.local import eval_request, made, num_processes, run_pipeline, worker_command, worker_environment
+from launch.local import check_all_made, eval_request, made, num_processes, run_pipeline, worker_command, worker_environment
 from launch.pipeline import Stage, stages
 from launch.rundir import locked, run_folder
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
@@ -272,6 +272,43 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         expected = r"\Aevaluate.teacher ended with status 3; what is done is kept: the same command goes on from there\Z"
     with pytest.raises(RuntimeError, match=expected):
         told(mine, until)
+
+
+def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tiny(deploy={"targets": ["gguf-q8_0", "ctranslate2-int8"]})
+    told(mine, "task")
+    table = stages(mine, TaskFiles.read(next(Path("runs/mine").glob("task-*"))))
+    monkeypatch.setattr(local, "stages", lambda *_: table)
+    for stage in table.values():
+        if stage.kind == "train":
+            Checkpoint("encoder_decoder", 22, 88, 1, 1, {"exact_match": 0.0}, {}, 1, 1, 1).write(stage.folder)
+            (stage.folder / "model").mkdir()
+            FORM.save(stage.folder / "model")
+        elif stage.kind == "teach":
+            Records({"train": 6}, {}, {"train": 1}).write(stage.folder)
+
+    def run(command: list[str], environment: dict[str, str]) -> int:
+        folder = Path(command[-1]).parent
+        if "evaluate" in folder.name:
+            EvalResult(folder.name, "x", 2, 1, 0, None, None, None, None, None, None, "cpu", None).write(folder)
+        elif "gguf" in folder.name:
+            return 1
+        else:
+            DeployedModel("ctranslate2-int8", "ctranslate2", "encoder_decoder", 1, 1, 4, 22, 1, 1).write(folder)
+            (folder / "model").mkdir()
+            FORM.save(folder / "model")
+        return 0
+
+    monkeypatch.setattr(local, "supervise", run)
+    finished = run_pipeline(mine, Console(quiet=True))
+    made_of = {found.stage.name: found.artifact for found in finished}
+    assert made_of["deploy.gguf-q8_0"] is None
+    assert made_of["deploy.ctranslate2-int8"] is not None
+    assert "evaluate.gguf-q8_0" not in made_of, "there is nothing to measure"
+    assert "evaluate.ctranslate2-int8" in made_of
+    with pytest.raises(RuntimeError, match=r"\Anot made: gguf-q8_0 \(the reason stands above\); all else is done, and the same command"):
+        check_all_made(finished)
 
 
 # ----- processes that end with their parent -----

@@ -5,7 +5,6 @@ python -m train.deploy.command REQUEST.json
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     # Libraries that look whether DeepSpeed is there have it print which accelerator it fell back to.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return status_of(lambda: run(QuantizeRequest(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))))
+    return status_of(lambda: run(QuantizeRequest.read(Path(arguments[0]))))
 
 
 if __name__ == "__main__":

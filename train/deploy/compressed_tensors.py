@@ -281,53 +281,36 @@ class _Entry:
     """A tensor of a safetensors file."""
 
     type: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    file: Path
-    offset: int
+    values: torch.Tensor
+    """Mapped, not read."""
 
     @property
-    def size(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
-
-    def integers(self) -> list[int]:
-        """The values of an I64 tensor."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.num_bytes)
-        return [int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)]
+    def num_bytes(self) -> int:
+        return self.values.nbytes
 
 
 def _entries(path: Path) -> dict[str, _Entry]:
-    # The format: the header's length in 8 bytes, little-endian; the header in JSON; the numbers, whose offsets count from there.
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {
-        name: _Entry(held["dtype"], tuple(held["shape"]), end - begin, path, 8 + length + begin)
-        for name, held in header.items()
-        if name != "__metadata__"
-        for begin, end in [held["data_offsets"]]
-    }
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: _Entry(file.get_slice(name).get_dtype(), file.get_tensor(name)) for name in names}
 
 
 def _joined(owner: str, entries: Mapping[str, _Entry], is_of_layers: bool) -> Stored | None:
     """The weight of a module with all that is kept to restore it; None for a module without one."""
     num_bytes = sum(entry.num_bytes for part, entry in entries.items() if part.startswith("weight"))
     if packed := entries.get("weight_packed"):
-        rows, columns = entries["weight_shape"].integers()
+        rows, columns = entries["weight_shape"].values.tolist()
         # A row is padded to whole words, by less than a bit a weight.
-        return Stored(f"{owner}.weight", rows * columns, num_bytes, f"INT{32 * packed.shape[-1] // columns}", is_of_layers)
+        return Stored(f"{owner}.weight", rows * columns, num_bytes, f"INT{32 * packed.values.shape[-1] // columns}", is_of_layers)
     if weight := entries.get("weight"):
-        return Stored(f"{owner}.weight", weight.size, num_bytes, weight.type, is_of_layers and len(weight.shape) > 1)
+        return Stored(f"{owner}.weight", weight.values.numel(), num_bytes, weight.type, is_of_layers and weight.values.dim() > 1)
     return None
 
 
 def _alone(name: str, entry: _Entry) -> Stored:
-    return Stored(name, entry.size, entry.num_bytes, entry.type, is_matrix=len(entry.shape) > 1)
+    return Stored(name, entry.values.numel(), entry.num_bytes, entry.type, is_matrix=entry.values.dim() > 1)
 
 
 def _not_of_layers(folder: Path) -> set[str]:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import ctranslate2
-from tokenizers import Tokenizer
 
 from data.prompts import FORMAT_FILE, TextFormat
-from train.artifacts import Family
 from train.deploy.targets import TOKENIZER, Sample, Stored, Target
+from train.deploy.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,7 +160,7 @@ def _usable(device: Device) -> Device:
     return device
 
 
-class Ctranslate2Runtime:
+class Ctranslate2Runtime(Tokens):
     """A deployed model, ready to answer; loads without torch and transformers."""
 
     def __init__(self, folder: Path, *, device: Device = "auto", threads: int = 0) -> None:
@@ -176,18 +175,13 @@ class Ctranslate2Runtime:
             ValueError: if the folder is not a deployed model.
             RuntimeError: if the file is damaged or the device cannot be used.
         """
-        self.format = TextFormat.load(folder)
-        self.family: Family = self.format.family
         vocabulary = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
         if vocabulary is None or not (folder / WEIGHTS).is_file():
             raise ValueError(f"{folder} is not a CTranslate2 model (it needs {WEIGHTS} and a vocabulary): run deploy")
+        super().__init__(folder)
         # The engine takes and gives names of tokens: one for each row of the embedding, also those beyond the tokenizer's size.
         self._tokens: list[str] = json.loads(vocabulary.read_text(encoding="utf-8"))
         self._ids = {token: i for i, token in enumerate(self._tokens)}
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a text that spells a special token gives ordinary tokens, as in training
         engine = ctranslate2.Translator if self.family == "encoder_decoder" else ctranslate2.Generator
         try:
             self._engine = engine(str(folder), device=_usable(device), intra_threads=threads)
@@ -198,14 +192,6 @@ class Ctranslate2Runtime:
         self.device: str = self._engine.device
         self.compute_type: str = self._engine.compute_type
         """What the engine computes in here; it differs from the stored type where the device lacks it."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens and outer white space."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, without the end-of-sequence token.
@@ -228,9 +214,6 @@ class Ctranslate2Runtime:
             batch, beam_size=1, max_decoding_length=max_new_tokens, end_token=end, min_decoding_length=0, max_input_length=0
         )
         return [[self._ids[token] for token in result.hypotheses[0]] for result in results]
-
-    def peak_device_bytes(self) -> None:
-        """Nothing: the engine does not tell how much GPU memory it holds."""
 
     def log_probs(self, prompt: Sequence[int], target: Sequence[int]) -> list[float]:
         """Natural log-probabilities that the model gives to the tokens of `target`, one after the other, after `prompt`."""

@@ -17,11 +17,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import xllamacpp
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from data.prompts import TextFormat
-from train.artifacts import Family
-from train.deploy.targets import GGUF_FILE, TOKENIZER
+from train.deploy.targets import GGUF_FILE
+from train.deploy.tokens import Tokens
+from train.runtimes import until
 
 Device = Literal["auto", "cpu", "cuda"]
 _ALL = 1 << 24
@@ -32,7 +31,7 @@ _SLOTS = 8
 """Sequences that the engine works on at once; more wait."""
 
 
-class LlamaCppRuntime:
+class LlamaCppRuntime(Tokens):
     """A GGUF file, ready to answer."""
 
     def __init__(self, folder: Path, *, device: Device = "auto", threads: int = 0) -> None:
@@ -47,14 +46,9 @@ class LlamaCppRuntime:
             ValueError: if the folder holds no GGUF file.
             RuntimeError: if the file is damaged or the device cannot be used.
         """
-        self.format = TextFormat.load(folder)
-        self.family: Family = "decoder_only"
         if not (folder / GGUF_FILE).is_file():
             raise ValueError(f"{folder} has no {GGUF_FILE}: run deploy")
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a text that spells a special token gives ordinary tokens, as in training
+        super().__init__(folder)
         self._letter = self.encode("a")[0]
         has_gpu = any("cuda" in str(found).lower() for found in xllamacpp.get_device_info())
         if device == "cuda" and not has_gpu:
@@ -82,14 +76,6 @@ class LlamaCppRuntime:
         form = self.format
         return max(form.max_answer_tokens, form.max_label_tokens + form.max_rationale_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens and outer white space."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
-
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, without the end-of-sequence token.
 
@@ -103,7 +89,7 @@ class LlamaCppRuntime:
         answers = found if isinstance(found, list) else [found]
         by_prompt = {answer["index"]: answer["tokens"] for answer in answers}
         end = self.format.eos_id
-        return [_before(by_prompt[n], end) for n in range(len(prompts))]
+        return [until(by_prompt[n], end) for n in range(len(prompts))]
 
     def logits(self, prompt: Sequence[int], target: Sequence[int]) -> NDArray[np.float32]:
         """[len(target), vocabulary] natural log-probabilities of every token after `prompt` and the targets before it."""
@@ -117,9 +103,6 @@ class LlamaCppRuntime:
         """Whether the engine's own tokenizer gives a text the tokens that the student learnt."""
         found = self._post("/tokenize", content=text, add_special=False, parse_special=False)
         return bool(found["tokens"] == self.encode(text))
-
-    def peak_device_bytes(self) -> None:
-        """Nothing: the engine does not tell how much GPU memory it holds."""
 
     def _log_prob(self, ids: Sequence[int], token: int) -> float:
         # The token is taken, whatever its probability; what is told of it is as before. All of a vocabulary takes a second to tell.
@@ -149,11 +132,6 @@ class LlamaCppRuntime:
         if answer.status != 200:
             raise RuntimeError(f"llama.cpp answered {answer.status} to {path}: {text[:300].decode(errors='replace')}")
         return json.loads(text)
-
-
-def _before(ids: Sequence[int], end: int) -> list[int]:
-    """The ids before the first end-of-sequence token; all where there is none."""
-    return list(ids[: ids.index(end)] if end in ids else ids)
 
 
 @contextlib.contextmanager

@@ -9,14 +9,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from tokenizers import Tokenizer
 
 from data.prompts import TextFormat
-from train.artifacts import Family
 from train.deploy.onnx_decoder import DECODER
 from train.deploy.onnx_graph import WEIGHTS, Array
 from train.deploy.onnx_t5 import ENCODER
 from train.deploy.targets import TOKENIZER
+from train.deploy.tokens import Tokens
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -31,7 +30,7 @@ class _Generation(Protocol):
         """Logits of the token after `tokens` [batch]."""
 
 
-class OnnxRuntime:
+class OnnxRuntime(Tokens):
     """A deployed model, ready to answer on the CPU; loads without torch and transformers."""
 
     def __init__(self, folder: Path, *, device: Device = "auto", threads: int = 0) -> None:
@@ -46,29 +45,17 @@ class OnnxRuntime:
             ValueError: if the folder is not a deployed model.
             RuntimeError: if the file is damaged or the device cannot be used.
         """
-        self.format = TextFormat.load(folder)
-        self.family: Family = self.format.family
         if device == "cuda":
             raise RuntimeError("device is cuda, but these ONNX files are for ONNX Runtime on a CPU: choose cpu or auto")
-        needed = [DECODER, WEIGHTS, TOKENIZER] + ([ENCODER] if self.family == "encoder_decoder" else [])
+        family = TextFormat.load(folder).family
+        needed = [DECODER, WEIGHTS, TOKENIZER] + ([ENCODER] if family == "encoder_decoder" else [])
         if missing := [name for name in needed if not (folder / name).is_file()]:
             raise ValueError(f"{folder} is not an ONNX model (it lacks {' and '.join(missing)}): run deploy")
+        super().__init__(folder)
         self.device: str = "cpu"
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a text that spells a special token gives ordinary tokens, as in training
         self._decoder = _session(folder / DECODER, threads)
         self._encoder = _session(folder / ENCODER, threads) if self.family == "encoder_decoder" else None
         self._start_id = int(self._decoder.get_modelmeta().custom_metadata_map.get("start_id", self.format.pad_id))
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens and outer white space."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, without the end-of-sequence token.
@@ -114,9 +101,6 @@ class OnnxRuntime:
         logits -= logits.max(-1, keepdims=True)
         totals = np.log(np.exp(logits).sum(-1))
         return [float(row[token] - total) for row, token, total in zip(logits, target, totals, strict=True)]
-
-    def peak_device_bytes(self) -> None:
-        """Nothing: it runs on the CPU."""
 
 
 def _session(path: Path, threads: int) -> Any:

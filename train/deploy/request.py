@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from train.artifacts import write_json
+from train.artifacts import Request
 
 
 @dataclass(frozen=True, slots=True)
-class DeployRequest:
+class DeployRequest(Request):
     """One file to make; paths are text, so that the request is plain JSON."""
 
     target: str
@@ -24,18 +22,9 @@ class DeployRequest:
     """The teacher's, whose rationales are calibrated on."""
     out_folder: str
 
-    def write(self, path: Path) -> None:
-        """Writes it as JSON."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """What `write` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
 
 @dataclass(frozen=True, slots=True)
-class QuantizeRequest:
+class QuantizeRequest(Request):
     """Files of a model without a task."""
 
     model: str
@@ -46,10 +35,6 @@ class QuantizeRequest:
     """File of texts to calibrate and verify on."""
     out_folder: str
     """Holds a folder for each target."""
-
-    def write(self, path: Path) -> None:
-        """Writes it as JSON."""
-        write_json(path, asdict(self))
 
 
 def command(path: Path) -> list[str]:

@@ -87,13 +87,10 @@ def deploy(
         reference.close()  # a converter loads the model again
         module_of(target).make(source, unchecked, target, samples)
         verified = _verified(target, source, unchecked, folder, probes)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(unchecked, ignore_errors=True)
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RuntimeError(f"deploy.targets: {target.name} needs more room than {folder} has left: free some, or set output") from error
-    except BaseException:
-        shutil.rmtree(unchecked, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RuntimeError(f"deploy.targets: {target.name} needs more room than {folder} has left: free some, or set output") from error
         raise
     (folder / ARTIFACT).unlink(missing_ok=True)
     shutil.rmtree(made, ignore_errors=True)
@@ -115,6 +112,7 @@ def deploy(
         error_nats=verified.error_nats,
         types=verified.types,
         fallbacks=verified.fallbacks,
+        cuts_as_trained=verified.cuts_as_trained,
     )
     artifact.write(folder)
     return artifact

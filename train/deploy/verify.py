@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from train.artifacts import write_json
+from train.artifacts import Request, write_json
 from train.deploy.targets import SLACK_BITS, TARGETS, Stored, Target, module_of
-from train.runtimes import open_runtime
+from train.runtimes import Runtime, open_runtime
 from train.told import status_of
 
 FLOOR = -10.0
@@ -40,7 +40,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyRequest:
+class VerifyRequest(Request):
     """What to look at."""
 
     target: str
@@ -50,10 +50,6 @@ class VerifyRequest:
     probes: list[Probe]
     out: str
     """File of the `Verified`."""
-
-    def write(self, path: Path) -> None:
-        """Writes it as JSON."""
-        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -76,6 +72,8 @@ class Verified:
     """Tensors by what they are stored as."""
     fallbacks: list[str]
     """Matrices of the layers that are stored as something else than the target says."""
+    cuts_as_trained: bool | None
+    """Whether the engine's own tokenizer gives texts the tokens that the student learnt; None where it has none."""
     load_seconds: float
 
     @classmethod
@@ -105,10 +103,16 @@ def run(request: VerifyRequest) -> Verified:
         bits_a_weight=_bits(matrices),
         types=dict(Counter(tensor.type for tensor in tensors)),
         fallbacks=[tensor.name for tensor in matrices if tensor.type != target.type] if target.quantizes else [],
+        cuts_as_trained=_cuts_as_trained(runtime, request.probes),
         load_seconds=loaded,
     )
     write_json(Path(request.out), asdict(found))
     return found
+
+
+def _cuts_as_trained(runtime: Runtime, probes: Sequence[Probe]) -> bool | None:
+    check = getattr(runtime, "cuts_as_trained", None)
+    return None if check is None else all(check(runtime.decode(probe.prompt)) for probe in probes)
 
 
 def check_stored(target: Target, tensors: Sequence[Stored], source_bytes: int) -> None:

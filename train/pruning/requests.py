@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from train.artifacts import write_json
+from train.artifacts import Request
 
 MEASURED = "pruned.json"
 """The file of a `Pruned`, or of a `Scan`."""
 
 
 @dataclass(frozen=True, slots=True)
-class PruneRequest:
+class PruneRequest(Request):
     """One pruning, or one scan."""
 
     model: str
@@ -27,15 +25,6 @@ class PruneRequest:
     fractions: list[float]
     """To scan; none where the model is to be pruned."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def write(self, path: Path) -> None:
-        """Writes it as JSON."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """What `write` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True, slots=True)
