@@ -13,7 +13,7 @@ from launch import report_html as words
 from launch.ladder import Report, Rung
 from launch.report_html import Table, markdown_table
 from train.artifacts import DeployedModel
-from train.deploy.targets import TARGETS
+from train.deploy.targets import RECOVERED, TARGETS
 
 CARD = "README.md"
 _UNSTATED = "other"
@@ -47,12 +47,12 @@ def card(report: Report, rung: Rung, form: TextFormat) -> str:
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---",
-            f"# {report.name}: {made.target}",
+            f"# {report.name}: {rung.name}",
             f"Made by Stepdown on {report.provenance.get('started', 'an unknown day')}: {_made_of(config)}",
             "## What it is worth",
             _worth(report, rung),
             "## The file",
-            _file(made),
+            _file(made, is_recovered=rung.name.endswith(RECOVERED)),
             "## How to run it",
             f"It is asked `{form.prompt(form.part, 'INPUT')!r}`, greedily, for at most {form.max_answer_tokens} tokens.",
             _RUN[TARGETS[made.target].format](made),
@@ -83,7 +83,7 @@ def _worth(report: Report, rung: Rung) -> str:
     return "\n\n".join([items, table, *tests])
 
 
-def _file(made: DeployedModel) -> str:
+def _file(made: DeployedModel, *, is_recovered: bool) -> str:
     lines = [
         f"{words.num_bytes(made.weight_bytes)} of weights, {words.percent(made.weight_bytes / made.source_weight_bytes)} of the fp32 file; "
         f"{made.num_parameters:,} parameters."
@@ -94,8 +94,11 @@ def _file(made: DeployedModel) -> str:
         lines.append(f"Read from the file: {bits} ({types}).")
     if made.fallbacks:
         lines.append(f"Stored as another type than the name says: {', '.join(made.fallbacks)}.")
+    compared = "the model that was trained through the rounding" if is_recovered else "the fp32 model"
+    if is_recovered:
+        lines.append("Its weights were trained through the rounding of this file (`deploy.recover`).")
     if made.error_nats is not None:
-        lines.append(f"Log-probabilities are {made.error_nats:.3f} nats a token from the fp32 model's, on average, on training rows.")
+        lines.append(f"Log-probabilities are {made.error_nats:.3f} nats a token from those of {compared}, on average, on training rows.")
     return "\n\n".join(lines)
 
 

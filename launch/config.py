@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.config import Section, TaskConfig
 from train.config import CutModel, DeployConfig, EvaluateConfig, StudentConfig, TeacherConfig, TrackingConfig
+from train.deploy.targets import MAX_RECOVERED_BITS, TARGETS
 
 RESOLVED = "config.yaml"
 
@@ -93,6 +94,24 @@ class Config(Section):
             raise ValueError(
                 f"student.loss.divergence is {loss.divergence}, but teacher.soft_labels.format is {stored.format}, which serves forward_kl "
                 "only: set divergence to forward_kl, format to top_k, or student.loss.teacher to live"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_has_a_target(self) -> Self:
+        recover, targets = self.deploy.recover, self.deploy.targets
+        if recover is None:
+            return self
+        if not any(TARGETS[target].can_recover for target in targets):
+            few = ", ".join(name for name, target in TARGETS.items() if target.can_recover)
+            raise ValueError(
+                f"deploy.recover has no effect on deploy.targets {', '.join(targets)}, which have more than {MAX_RECOVERED_BITS} bits: add "
+                f"one of {few}, or remove it"
+            )
+        if recover.loss and recover.loss.soft and recover.loss.teacher == "records" and self.teacher.soft_labels is None:
+            raise ValueError(
+                "deploy.recover.loss.soft has a weight, but teacher.soft_labels is missing: set deploy.recover.loss.teacher to live, which "
+                "is the student as it was before it was rounded, or set soft to 0"
             )
         return self
 

@@ -15,7 +15,7 @@ from typing import Any
 from data.examples import read_examples
 from launch import report_html as words
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
-from train.deploy.targets import TARGETS
+from train.deploy.targets import TARGETS, target_of
 from train.significance import mcnemar, wilson
 
 TEACHER = "teacher"
@@ -332,7 +332,7 @@ def _rung(i: int, evaluations: Sequence[_Evaluation], student_name: str, fp32_by
 
 def _unquantized(name: str, names: Sequence[str]) -> str | None:
     """The rung of the same engine whose weights are not quantized, where `name` is a quantized one."""
-    target = TARGETS.get(name)
+    target = target_of(name)
     if target is None or not target.quantizes:
         return None
     of_engine = (other for other in TARGETS.values() if other.format == target.format and not other.quantizes)

@@ -21,12 +21,12 @@ from data.tasks import prepare
 from launch.agent import PARENT
 from launch.config import Config
 from launch.hardware import cpu_count, detect
-from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, made_by, shipped, stages, task_stage
+from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, deployed_from, made_by, stages, task_stage
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
-from train.deploy.targets import TARGETS
+from train.deploy.targets import target_of
 from train.evaluate import EvalRequest, command
 from train.signals import SIGNALS, STOPPED, handling
 from train.tracking import Tracker
@@ -99,7 +99,7 @@ def check_all_made(finished: Sequence[Finished]) -> None:
 
 def made_from(stage: Stage, config: Config, table: Mapping[str, Stage]) -> Stage:
     """The stage whose model a stage deploys or measures."""
-    return shipped(config, table) if stage.kind == "deploy" else made_by(config, table, stage.detail)
+    return deployed_from(config, table, stage) if stage.kind == "deploy" else made_by(config, table, stage.detail)
 
 
 def worker_command(folder: Path, processes: int, names: Sequence[str]) -> list[str]:
@@ -170,11 +170,12 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
     made = made_by(config, table, stage.detail).folder
     form = TextFormat.load(made / "model")
     parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
-    if deployed and common["device"] == "cuda" and TARGETS[stage.detail].format in ("gguf", "onnx"):
+    target = target_of(stage.detail) if deployed else None
+    if target and common["device"] == "cuda" and target.format in ("gguf", "onnx"):
         common["device"] = "auto"  # engines that are mostly installed for CPUs: they take a GPU where they can
     return EvalRequest(
         **common,
-        runtime=TARGETS[stage.detail].runtime if deployed else "transformers",
+        runtime=target.runtime if target else "transformers",
         records_folder=None,
         model_folder=str(made / "model"),
         part=form.part,
@@ -250,8 +251,10 @@ def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
 def _deploy(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     """Whether the file was made; where not, its process has said why."""
     request = stage.folder / "request.json"
-    trained, task, teach = shipped(config, table).folder, table[TASK].folder, table[TEACH].folder
-    DeployRequest(stage.detail, str(trained), str(task), str(teach), str(stage.folder)).write(request)
+    target = target_of(stage.detail)
+    assert target is not None, stage.name
+    source, task, teach = deployed_from(config, table, stage).folder, table[TASK].folder, table[TEACH].folder
+    DeployRequest(target.name, str(source), str(task), str(teach), str(stage.folder)).write(request)
     status = supervise(deploy_command(request), worker_environment(1, cpu_count(), config.launch.device))
     if status < 0:
         print(f"error: {stage.name} was ended by signal {-status}: often the memory is used up", file=sys.stderr, flush=True)

@@ -19,17 +19,19 @@ from launch.config import Config, hashed
 from launch.rundir import SHARED, run_folder
 from train.artifacts import ARTIFACT, Artifact, Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.config import Arm, LossConfig
+from train.deploy.targets import RECOVERED, TARGETS
 
 Place = Literal["here", "worker", "process"]
 """here: in the command's own process; worker: under torchrun, one start for several stages; process: a fresh process of its own."""
 
-TASK, TUNE, TEACH, TEACHER, PRUNE, PRUNED = "task", "tune", "teach", "teacher", "prune", "pruned"
+TASK, TUNE, TEACH, TEACHER, PRUNE, PRUNED, RECOVER = "task", "tune", "teach", "teacher", "prune", "pruned", "recover"
 ARTIFACT_OF: dict[str, type[Artifact]] = {
     "task": TaskFiles,
     "tune": Checkpoint,
     "teach": Records,
     "train": Checkpoint,
     "prune": Checkpoint,
+    "recover": Checkpoint,
     "deploy": DeployedModel,
     "evaluate": EvalResult,
 }
@@ -42,7 +44,7 @@ class Stage:
     """One step of the pipeline, with its own folder."""
 
     name: str
-    """kind, or kind.detail: train.step_by_step, deploy.ctranslate2-int8, evaluate.teacher."""
+    """kind, or kind.detail: train.step_by_step, recover.gguf-q4_0, deploy.ctranslate2-int8, evaluate.teacher."""
     key: str
     folder: Path
     place: Place
@@ -88,10 +90,8 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
         prune, arm = config.student.prune, config.student.arm
         inputs = {**common, **_training(config, arm, prune.loss or config.student.loss), "teach": table[TEACH].key}
         table[PRUNE] = _stage(config, PRUNE, {**inputs, "prune": hashed(prune), "train": trained.key}, "worker")
-    for target in config.deploy.targets:
-        inputs = {"target": target, "train": shipped(config, table).key}
-        table[f"deploy.{target}"] = _stage(config, f"deploy.{target}", inputs, "process")
-    for rung, of in _rungs(config).items():
+    table |= _deploys(config, table, common)
+    for rung, of in _rungs(config, table).items():
         inputs = {
             "task": task.digest,
             "metric": config.task.metric,
@@ -103,14 +103,35 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
     return table
 
 
+def _deploys(config: Config, table: Mapping[str, Stage], common: Mapping[str, Any]) -> dict[str, Stage]:
+    """The files to ship, each that recovers behind the training that it is made of."""
+    arm, recover, source = config.student.arm, config.deploy.recover, shipped(config, table)
+    found: dict[str, Stage] = {}
+    for target in config.deploy.targets:
+        found[f"deploy.{target}"] = _stage(config, f"deploy.{target}", {"target": target, "train": source.key}, "process")
+        if recover is not None and TARGETS[target].can_recover:
+            inputs = {**common, **_training(config, arm, recover.loss or config.student.loss), "teach": table[TEACH].key}
+            inputs |= {"recover": hashed(recover), "target": target, "train": source.key}
+            found[f"recover.{target}"] = _stage(config, f"recover.{target}", inputs, "worker")
+            name = f"deploy.{target}{RECOVERED}"
+            found[name] = _stage(config, name, {"target": target, "train": found[f"recover.{target}"].key}, "process")
+    return found
+
+
 def shipped(config: Config, table: Mapping[str, Stage]) -> Stage:
     """The stage whose checkpoint the files to ship are made of."""
     return table[PRUNE] if PRUNE in table else table[f"train.{config.student.arm}"]
 
 
+def deployed_from(config: Config, table: Mapping[str, Stage], stage: Stage) -> Stage:
+    """The stage whose checkpoint a deploy stage makes a file of."""
+    is_recovered = stage.detail.endswith(RECOVERED)
+    return table[f"recover.{stage.detail.removesuffix(RECOVERED)}"] if is_recovered else shipped(config, table)
+
+
 def made_by(config: Config, table: Mapping[str, Stage], rung: str) -> Stage:
     """The stage that made what a rung measures."""
-    return table[_rungs(config)[rung]]
+    return table[_rungs(config, table)[rung]]
 
 
 def _training(config: Config, arm: Arm, loss: LossConfig) -> dict[str, Any]:
@@ -123,12 +144,13 @@ def _training(config: Config, arm: Arm, loss: LossConfig) -> dict[str, Any]:
     return {**student, "loss": hashed(loss), **{key: chosen[key] for key in ("keep", "drop_rows") if key in chosen}}
 
 
-def _rungs(config: Config) -> dict[str, str]:
+def _rungs(config: Config, table: Mapping[str, Stage]) -> dict[str, str]:
     """The ladder from top to bottom: rung -> the stage that made what it measures."""
     arms: dict[str, str] = {arm: f"train.{arm}" for arm in config.student.arms}
     if config.student.prune is not None:
         arms[PRUNED] = PRUNE
-    return {TEACHER: TEACH, **arms, **{target: f"deploy.{target}" for target in config.deploy.targets}}
+    files = {name.partition(".")[2]: name for name in table if name.startswith("deploy.")}
+    return {TEACHER: TEACH, **arms, **files}
 
 
 def _teach_inputs(config: Config, table: Mapping[str, Stage]) -> dict[str, Any]:

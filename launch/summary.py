@@ -13,10 +13,11 @@ from launch.card import write_card
 from launch.config import RESOLVED, load_config
 from launch.ladder import Report, ReportInputs, StageCost, build
 from launch.local import made
-from launch.pipeline import ARTIFACT_OF, PRUNE, PRUNED, TASK, TEACH, TEACHER, Stage
+from launch.pipeline import ARTIFACT_OF, PRUNE, PRUNED, RECOVER, TASK, TEACH, TEACHER, Stage
 from launch.report import terminal_table, write
 from launch.rundir import read_stages
-from train.artifacts import ARTIFACT, Records, TaskFiles
+from train.artifacts import ARTIFACT, Checkpoint, Records, TaskFiles
+from train.deploy.targets import RECOVERED
 
 
 def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()) -> Report:
@@ -44,7 +45,7 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
             stages=_costs(done, skipped),
             task=TaskFiles.read(stages[TASK].folder),
             records=Records.read(done[TEACH].folder) if TEACH in done else None,
-            checkpoints={_trained_name(stage): stage.folder for stage in done.values() if stage.kind in ("tune", "train", "prune")},
+            checkpoints={_trained_name(stage): stage.folder for stage in done.values() if ARTIFACT_OF[stage.kind] is Checkpoint},
             deployed={stage.detail: stage.folder for stage in done.values() if stage.kind == "deploy"},
             config=load_config(folder / RESOLVED).model_dump(mode="json", exclude_unset=True),
             provenance=json.loads((folder / "provenance.json").read_text()),
@@ -61,6 +62,8 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
 
 
 def _trained_name(stage: Stage) -> str:
+    if stage.kind == RECOVER:
+        return f"{stage.detail}{RECOVERED}"
     return PRUNED if stage.kind == PRUNE else stage.detail or TEACHER
 
 

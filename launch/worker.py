@@ -17,11 +17,12 @@ from data.tasks import Task, read_task
 from launch.agent import die_with_parent
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
-from launch.pipeline import PRUNE, TASK, TEACH, TUNE, Stage, stages, task_stage
+from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
 from launch.plan import cpu_teacher_plan, teacher_plan, weight_bytes
 from launch.rundir import locked, run_folder, writing
 from train.artifacts import Artifact, Checkpoint, TaskFiles
 from train.config import Arm
+from train.deploy.targets import TARGETS, check_possible, module_of
 from train.signals import STOPPED, Stopped
 from train.tracking import Tracker
 
@@ -65,6 +66,8 @@ def _run(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, w
         return _teach(stage, config, table, task, world)
     if stage.kind == "train":
         return _train(stage, config, table, task, world)
+    if stage.kind == RECOVER:
+        return _recover(stage, config, table, task, world)
     assert stage.kind == PRUNE, stage.name
     return _prune(stage, config, table, task, world)
 
@@ -148,6 +151,27 @@ def _prune(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
         stage.folder,
         world,
         seed=config.seed,
+        open_tracker=_tracker(stage, config, world),
+    )
+
+
+def _recover(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+    from train.student import recovering
+
+    target, settings, arm = TARGETS[stage.detail], config.deploy.recover, config.student.arm
+    assert settings is not None
+    check_possible(target, Checkpoint.read(shipped(config, table).folder).family)
+    format_module = module_of(target)
+    return recovering.run(
+        config.student.of_arm(arm),
+        settings,
+        student_inputs(config, table, task),
+        shipped(config, table).folder,
+        stage.folder,
+        world,
+        grids_of=lambda model: format_module.grids(model, target),
+        seed=config.seed,
+        title=f"recover {target.name}",
         open_tracker=_tracker(stage, config, world),
     )
 

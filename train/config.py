@@ -184,6 +184,10 @@ class TrainingConfig(Section):
         json_schema_extra={"hashed": False},
     )
 
+    def computes_in_bf16(self, device_type: str) -> bool:
+        """Whether forward and backward run in bf16 on a device of this type (`torch.device.type`)."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
+
     @model_validator(mode="after")
     def _offload_has_something_to_offload(self) -> Self:
         if self.offload_optimizer and self.zero_stage in ("auto", 0):
@@ -602,6 +606,18 @@ def _int8() -> list[DeployTarget]:
     return ["ctranslate2-int8"]
 
 
+class RecoverConfig(Section):
+    """The student trained once more for each target of few bits, with its matrices rounded as that file stores them."""
+
+    epochs: float = Field(1.0, gt=0.0, description="Passes over the training rows.")
+    learning_rate: float | None = Field(None, gt=0.0, description="Peak learning rate; the student's own where left out.")
+    loss: LossConfig | None = Field(
+        None,
+        description="Weights of the loss; where left out the student's own, with soft: 1 and teacher: live. teacher: live means here the "
+        "student as it was before it was rounded, whatever the source of the teacher is.",
+    )
+
+
 class DeployConfig(Section):
     """The files to ship."""
 
@@ -609,6 +625,11 @@ class DeployConfig(Section):
         default_factory=_int8,
         min_length=1,
         description="Artifacts to make of the student; each is a rung of the ladder.",
+    )
+    recover: RecoverConfig | None = Field(
+        None,
+        description="Train the weights of each target of 4 bits or fewer with the rounding in the loop: the file made of them, "
+        "TARGET-recovered, is a rung beside the one that is only rounded.",
     )
     license: str | None = Field(None, description="SPDX id of the licence of what you ship, for its model card: apache-2.0, mit, ...")
 

@@ -136,7 +136,7 @@ def open_engine(module: nn.Module, world: World, config: TrainingConfig) -> Trai
         config: of the training.
     """
     stage = (0 if world.size == 1 else 1) if config.zero_stage == "auto" else config.zero_stage
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+    bf16 = config.computes_in_bf16(world.device.type)
     if stage == 0:
         return FlatEngine(module, world, bf16=bf16, weight_decay=config.weight_decay, clip_norm=config.clip_norm)
     return ShardedEngine(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -273,6 +274,15 @@ def save_model(
             model.config.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     format.save(folder)
+
+
+def replace_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, format: TextFormat, stage_folder: Path) -> None:
+    """Writes `model/` in a stage's folder, in place of what may lie there, once the new one is whole."""
+    new, old = stage_folder / ".model.new", stage_folder / "model"
+    shutil.rmtree(new, ignore_errors=True)
+    save_model(model, tokenizer, format, new)
+    shutil.rmtree(old, ignore_errors=True)
+    new.replace(old)
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, format: TextFormat) -> None:

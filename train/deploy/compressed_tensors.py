@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,8 @@ from train.runtimes import TransformersRuntime
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from train.grids import Grid
 
 CONFIG = "config.json"
 MIN_CALIBRATION_ROWS = 16
@@ -52,11 +54,8 @@ class _Scheme:
     symmetric: bool = True
     observer: Literal["memoryless_minmax", "memoryless_mse"] = "memoryless_minmax"
     """Scales that reach the largest weight, or those with the least squared error."""
-
-    @property
-    def is_calibrated(self) -> bool:
-        """FP8 rounds to nearest, which needs no data."""
-        return self.kind == "int"
+    is_calibrated: bool = True
+    """Rounded so that little is lost on data; else to nearest."""
 
     @property
     def pipeline(self) -> str:
@@ -77,7 +76,7 @@ _SCHEMES: dict[str, _Scheme] = {
     "INT4": _Scheme(4, groups=_GROUPS, observer="memoryless_mse"),
     "INT3": _Scheme(3, groups=_GROUPS[-1:], symmetric=False, observer="memoryless_mse"),
     "INT2": _Scheme(2, groups=_GROUPS[-1:], symmetric=False, observer="memoryless_mse"),
-    "F8_E4M3": _Scheme(8, "float", rounds_inputs=True),
+    "F8_E4M3": _Scheme(8, "float", rounds_inputs=True, is_calibrated=False),
 }
 """By the type of a target: plain I8 and F8_E4M3 are safetensors' own, INT4 and the like are packed; BF16 is none of these."""
 
@@ -86,6 +85,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     """Writes a complete folder: weights, configuration, tokenizer and `stepdown.json`.
 
     Int weights are chosen by GPTQ on the calibration rows, for W8A8 of a decoder-only model after SmoothQuant; FP8 rounds to nearest.
+    Weights that stand on a grid already, as those that recovered do, are stored as they are, by the scales that lie beside their folder.
     What is not quantized, and every scale, is stored in bfloat16.
 
     Args:
@@ -100,12 +100,14 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     """
     import torch
 
+    from train.grids import read_scales
     from train.models import load_folder
 
     if not (source / TOKENIZER).is_file():
         raise ValueError(f"{source} has no {TOKENIZER}, which the deployed model needs: give the student a fast tokenizer")
     scheme = _SCHEMES.get(target.type)
-    if scheme and scheme.is_calibrated and len(calibration) < MIN_CALIBRATION_ROWS:
+    chosen = read_scales(source)
+    if scheme and scheme.is_calibrated and not chosen and len(calibration) < MIN_CALIBRATION_ROWS:
         raise ValueError(
             f"deploy.targets holds {target.name}, which is calibrated on training rows, but there are {len(calibration)} and it needs "
             f"{MIN_CALIBRATION_ROWS} or more: give more training rows, or choose compressed-tensors-fp8, which needs none"
@@ -113,13 +115,32 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     model, tokenizer, form = load_folder(source, dtype=torch.float32)
     with _quiet():
         _import_silently()
-        if scheme:
+        if scheme and chosen:
+            _oneshot(model, tokenizer, _modifier(model, replace(scheme, is_calibrated=False), target), "datafree")
+            _set_scales(model, chosen)
+            _check_rounded(model, scheme, target)
+        elif scheme:
             rows = [_inputs(prompt, target_ids, form.family == "encoder_decoder") for prompt, target_ids in calibration]
             _quantize(model, tokenizer, scheme, _modifier(model, scheme, target), rows)
             _check_rounded(model, scheme, target)
         _save(model, out)
     for name in (TOKENIZER, FORMAT_FILE, *(name for name in _TOKENIZER_FILES if (source / name).is_file())):
         shutil.copyfile(source / name, out / name)
+
+
+def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
+    """How each matrix is rounded, by its name.
+
+    Raises:
+        ValueError: if a row of a matrix divides into no group.
+    """
+    import torch
+
+    from train.grids import Grid, matrices
+
+    scheme = _SCHEMES[target.type]
+    kind: Literal["symmetric", "asymmetric"] = "symmetric" if scheme.symmetric else "asymmetric"
+    return dict.fromkeys(matrices(model), Grid(kind, scheme.num_bits, _group(model, scheme.groups, target), torch.bfloat16))
 
 
 def _inputs(prompt: Sequence[int], target: Sequence[int], is_encoder_decoder: bool) -> dict[str, torch.Tensor]:
@@ -185,6 +206,14 @@ def _oneshot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modifie
 
     loader: Any = DataLoader(rows, batch_size=1, collate_fn=lambda batch: batch[0]) if rows else None  # type: ignore[arg-type]
     oneshot(model=model, processor=tokenizer, dataset=loader, num_calibration_samples=len(rows), recipe=[modifier], pipeline=pipeline)
+
+
+def _set_scales(model: PreTrainedModel, scales: Mapping[str, torch.Tensor]) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "quantization_scheme", None):
+            module.weight_scale.data.copy_(scales[f"{name}.scale"])
+            if hasattr(module, "weight_zero_point"):
+                module.weight_zero_point.data.copy_(scales[f"{name}.zero"])
 
 
 def _check_rounded(model: PreTrainedModel, scheme: _Scheme, target: Target) -> None:

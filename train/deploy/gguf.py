@@ -23,6 +23,8 @@ from train.deploy.targets import GGUF_FILE, TOKENIZER, Sample, Stored, Target
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from train.grids import Grid
+
 Array = NDArray[Any]
 _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Of transformers' model types, the architectures whose tensors map one to one."""
@@ -79,6 +81,16 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     for name in (TOKENIZER, FORMAT_FILE):
         shutil.copyfile(source / name, out / name)
     (out / "Modelfile").write_text(modelfile(form), encoding="utf-8")
+
+
+def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
+    """How each matrix is rounded, by its name; those that fall back to a float are left out."""
+    from train.grids import Grid, matrices
+
+    ternary = Grid("ternary", 2, _block("TQ2_0"))
+    known = {"Q4_0": Grid("signed", 4, _block("Q4_0")), "TQ2_0": ternary, "TQ1_0": ternary}
+    types = {name: type_of(name, linear.weight.shape, target.type) for name, linear in matrices(model).items()}
+    return {name: known[type] for name, type in types.items() if type in known}
 
 
 def stored(folder: Path) -> list[Stored]:

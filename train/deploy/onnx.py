@@ -18,13 +18,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.prompts import FORMAT_FILE, TextFormat
 from train.deploy.onnx_decoder import DECODER, DecoderGraph
-from train.deploy.onnx_graph import EMBEDDING, HEAD, WEIGHTS, WIDENED, Weights
+from train.deploy.onnx_graph import BLOCK, EMBEDDING, HEAD, WEIGHTS, WIDENED, Weights
 from train.deploy.onnx_t5 import ENCODER, T5Graphs
 from train.deploy.targets import TOKENIZER, Sample, Stored, Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from train.grids import Grid
 
 _BITS = {"float32": 32, "int8": 8, "int4": 4}
 
@@ -54,6 +59,13 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         (out / name).write_bytes(graph.SerializeToString())
     for name in (TOKENIZER, FORMAT_FILE):
         shutil.copyfile(source / name, out / name)
+
+
+def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
+    """How each matrix is rounded, by its name."""
+    from train.grids import Grid, matrices
+
+    return dict.fromkeys(matrices(model), Grid("signed", _BITS[target.type], BLOCK))
 
 
 def stored(folder: Path) -> list[Stored]:

@@ -18,7 +18,8 @@ EMBEDDING = "embedding"
 WIDENED = ".float32"
 FORBIDDEN = np.float32(-1e9)
 """Added to the score of a key that a query must not see."""
-_BLOCK = 32
+BLOCK = 32
+"""Weights of a row that share a scale."""
 _TABLE_BITS = 8
 """Of embedding and head where matrices have 8 bits or fewer: they cost 14 MB more of SmolLM2 at 4, and bring KL from 0.33 to 0.25."""
 _OPSETS = {"": 22, MICROSOFT: 1}
@@ -71,10 +72,10 @@ def quantize(weight: Array, bits: int) -> tuple[Array, Array]:
         Codes, uint8 [rows, blocks, 32 x bits / 8], of 4 bits the earlier one in the lower half; and scales, float16 [rows, blocks].
     """
     rows, columns = weight.shape
-    blocks = -(-columns // _BLOCK)
-    padded = np.zeros((rows, blocks * _BLOCK), np.float32)
+    blocks = -(-columns // BLOCK)
+    padded = np.zeros((rows, blocks * BLOCK), np.float32)
     padded[:, :columns] = weight
-    padded = padded.reshape(rows, blocks, _BLOCK)
+    padded = padded.reshape(rows, blocks, BLOCK)
     half = 2 ** (bits - 1)
     largest = np.take_along_axis(padded, np.abs(padded).argmax(-1)[..., None], -1)
     # The range of the codes is one longer on the negative side: there goes the largest weight, whatever its sign.
@@ -129,9 +130,9 @@ class Graph:
             return self.add("Gather", [self.constant(EMBEDDING, weight), ids], out, axis=0)
         codes, scales = quantize(weight, _TABLE_BITS)
         table = self.constant(f"{EMBEDDING}.codes", codes.reshape(len(codes), -1))
-        layout = {"bits": _TABLE_BITS, "block_size": _BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        layout = {"bits": _TABLE_BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         inputs = [table, ids, self._scales(EMBEDDING, scales)]
-        if (width := weight.shape[1]) % _BLOCK == 0:
+        if (width := weight.shape[1]) % BLOCK == 0:
             return self.add("GatherBlockQuantized", inputs, out, domain=MICROSOFT, **layout)
         wide = self.add("GatherBlockQuantized", inputs, f"{out}.padded", domain=MICROSOFT, **layout)
         ends = [self.constant(f"{out}.{key}", [value]) for key, value in (("first", 0), ("end", width), ("axis", -1))]
@@ -140,7 +141,7 @@ class Graph:
     def _quantized_linear(self, x: str, name: str, weight: Array, out: str, bits: int) -> str:
         codes, scales = quantize(weight, bits)
         inputs = [x, self.constant(f"{name}.codes", codes), self._scales(name, scales)]
-        layout = {"N": weight.shape[0], "K": weight.shape[1], "bits": bits, "block_size": _BLOCK}
+        layout = {"N": weight.shape[0], "K": weight.shape[1], "bits": bits, "block_size": BLOCK}
         # 4: multiply in integers; each row of x gets scales of its own, so that no row depends on the rest of the batch.
         return self.add("MatMulNBits", inputs, out, domain=MICROSOFT, accuracy_level=4, **layout)
 

@@ -4,6 +4,8 @@ Imports no library of any runtime. A format is a module of this folder with thre
 
     make(source, out, target, calibration)   writes a complete folder from a model folder of this project (safetensors, tokenizer,
                                              stepdown.json), and copies tokenizer.json and stepdown.json into it
+    grids(model, target)                     of a format with targets of 4 bits or fewer: how each matrix is rounded (train/grids.py), by
+                                             its name; what `make` writes of values that stand on these grids is the same values
     stored(folder)                           what the file holds, tensor by tensor, read from the file itself
     a runtime, opened by train/runtimes.py   answers prompts, and gives log-probabilities of targets (`log_probs`)
 """
@@ -27,6 +29,9 @@ Sample = tuple[Sequence[int], Sequence[int]]
 
 _BOTH: tuple[Family, ...] = ("decoder_only", "encoder_decoder")
 _DECODERS: tuple[Family, ...] = ("decoder_only",)
+RECOVERED = "-recovered"
+"""Ends the name of the file, and the rung, whose weights were trained through the rounding."""
+MAX_RECOVERED_BITS = 4
 SLACK_BITS = 0.7
 """Bits a weight of the quantized matrices that scales, zero points and padding may add to what a target's name says."""
 
@@ -52,6 +57,11 @@ class Target:
     def quantizes(self) -> bool:
         """Weights lose more than the rounding to a float of 16 bits."""
         return self.bits < 16
+
+    @property
+    def can_recover(self) -> bool:
+        """So few bits that training through the rounding pays."""
+        return self.bits <= MAX_RECOVERED_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +140,11 @@ _LIBRARIES: dict[Format, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnx", "onnxruntime", "onnxruntime_genai"), "stepdown[onnx]"),
     "compressed_tensors": (("compressed_tensors", "llmcompressor"), "stepdown[vllm]"),
 }
+
+
+def target_of(rung: str) -> Target | None:
+    """The target of a rung of the ladder, or of a deploy stage; None where it is no file to ship."""
+    return TARGETS.get(rung.removesuffix(RECOVERED))
 
 
 def module_of(target: Target) -> Any:

@@ -5,7 +5,6 @@ load -> prune (train/pruning/once.py), or masks that the training holds and tigh
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from train.activity import Sample
 from train.artifacts import Checkpoint
 from train.config import LossConfig, StudentConfig, StudentPruneConfig
 from train.cutting import layers_of
-from train.models import load_folder, num_parameters, save_model
+from train.models import load_folder, num_parameters, replace_model
 from train.neurons import feed_forwards
 from train.pruning.gradual import MaskSchedule, NeuronNames, neuron_schedule, weight_schedule
 from train.pruning.once import check_pattern, prunable, prune, weight_norms
@@ -80,7 +79,7 @@ def run(
     masks = masks_of(model, settings, samples, training.num_steps)
     if masks is None:
         prune(model, settings, samples, KEY)
-    live = live_teacher(inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
+    live = live_teacher(recovering, inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     made = train_checkpoint(model, tokenizer, replace(training, masks=masks), world, open_tracker, counts, live=live)
     if masks is None or settings.makes_zeros:
         return _measured(made, folder, world)
@@ -128,11 +127,7 @@ def _saved(
     error: Exception | None = None
     if world.is_main:
         try:
-            new = folder / "model-pruned"
-            shutil.rmtree(new, ignore_errors=True)
-            save_model(model, tokenizer, form, new)
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            new.replace(folder / "model")
+            replace_model(model, tokenizer, form, folder)
         except (OSError, RuntimeError) as caught:
             error = caught
     world.agree(error)

@@ -79,7 +79,7 @@ def run(
     model = load_student(config, inputs, tokenizer, seed=student_seed)
     form = student_format(config, tokenizer, family_of(model))
     rows, validation, counts = prepare_rows(config, loss, inputs, tokenizer, form, seed=seed)
-    live = live_teacher(inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
+    live = live_teacher(config, inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     training = TrainingRun(rows, validation, form, config, loss, student_seed, folder, title)
     return train_checkpoint(model, tokenizer, training, world, open_tracker, counts, live=live)
 
@@ -181,10 +181,11 @@ def _as_taught(example: TaskExample, record: TeacherRecord | None, targets: Lite
     return replace(example, label=record.label)
 
 
-def live_teacher(inputs: StudentInputs, tokenizer: PreTrainedTokenizerBase, world: World) -> LiveTeacher:
-    """The teacher, whole on this process's device, to run beside the student: bf16 on a GPU, fp32 on a CPU.
+def live_teacher(config: StudentConfig, inputs: StudentInputs, tokenizer: PreTrainedTokenizerBase, world: World) -> LiveTeacher:
+    """The teacher, whole on this process's device, to run beside the student, in the precision of its arithmetic.
 
     Args:
+        config: the student's.
         inputs: whose teacher.
         tokenizer: the student's, which `prepare_rows` has found to be the teacher's too.
         world: the processes.
@@ -192,7 +193,7 @@ def live_teacher(inputs: StudentInputs, tokenizer: PreTrainedTokenizerBase, worl
     from train.learner import LiveTeacher
 
     assert inputs.teacher is not None, "the configuration lets a live loss meet a live teacher only"
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if config.computes_in_bf16(world.device.type) else torch.float32
     model = load_model(inputs.teacher, tokenizer, seed=0, dtype=dtype, key="teacher.model")
     return LiveTeacher(model.to(world.device).eval().requires_grad_(False))
 

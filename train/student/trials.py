@@ -184,7 +184,7 @@ class TrialRunner:
     def _live(self, config: StudentConfig, student: _Student) -> LiveTeacher | None:
         if not config.loss.soft or config.loss.teacher != "live":
             return None
-        student.live = student.live or live_teacher(self._inputs, student.tokenizer, self._world)
+        student.live = student.live or live_teacher(config, self._inputs, student.tokenizer, self._world)
         return student.live
 
     def _prepared(self, config: StudentConfig, student: _Student, form: TextFormat) -> Rows:
