@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ class Rung:
     """A rung after the student: against the student."""
     same_engine: Paired | None
     """A quantized rung: against the unquantized rung of the same engine."""
+    changed: float | None = None
+    """A file to ship: share of the items that it answers otherwise than the student before it was rounded."""
 
     @property
     def name(self) -> str:
@@ -213,7 +215,7 @@ def build(inputs: ReportInputs) -> Report:
     _check_ladder(evaluations)
     deployed = {name: DeployedModel.read(folder) for name, folder in inputs.deployed.items()}
     fp32_bytes = _fp32_bytes(evaluations, deployed, inputs.student)
-    rungs = [_rung(i, evaluations, inputs.student, fp32_bytes) for i in range(len(evaluations))]
+    rungs = [_rung(i, evaluations, inputs.student, fp32_bytes, inputs.deployed) for i in range(len(evaluations))]
     trained = {name: Checkpoint.read(folder) for name, folder in inputs.checkpoints.items()}
     return Report(
         name=inputs.name,
@@ -309,7 +311,14 @@ def _fp32_bytes(evaluations: Sequence[_Evaluation], deployed: dict[str, Deployed
     return next((e.result.weight_bytes for e in evaluations if e.result.rung == student), None)
 
 
-def _rung(i: int, evaluations: Sequence[_Evaluation], student_name: str, fp32_bytes: int | None) -> Rung:
+def _changed(this: _Evaluation, evaluations: Sequence[_Evaluation], deployed: Collection[str]) -> float | None:
+    source = next((other for other in reversed(evaluations) if other.result.rung not in (TEACHER, *deployed)), None)
+    if source is None or this.result.rung not in deployed:
+        return None
+    return sum(answer.answer != source.answers[item].answer for item, answer in this.answers.items()) / len(this.answers)
+
+
+def _rung(i: int, evaluations: Sequence[_Evaluation], student_name: str, fp32_bytes: int | None, deployed: Collection[str]) -> Rung:
     this = evaluations[i]
     result = this.result
     by_name = {e.result.rung: (position, e) for position, e in enumerate(evaluations)}
@@ -327,6 +336,7 @@ def _rung(i: int, evaluations: Sequence[_Evaluation], student_name: str, fp32_by
         baselines=[_paired(this, baseline) for baseline in baselines],
         student=_paired(this, student) if i > student_at else None,
         same_engine=_paired(this, by_name[unquantized][1]) if unquantized else None,
+        changed=_changed(this, evaluations, deployed),
     )
 
 

@@ -235,11 +235,12 @@ def _cost_section(report: Report) -> Section:
         [s.name, s.made, "used again" if s.skipped else "ran", str(s.processes), words.duration(s.seconds or None)] for s in report.stages
     ]
     tables = [Table(["Stage", "Made", "This time", "Processes", "Time"], stages, "Stages", text_columns=3)]
+    changed = {rung.name: rung.changed for rung in report.rungs}
     files = [
         [
             *[name, m.runtime, *map(words.num_bytes, (m.weight_bytes, m.total_bytes))],
             *[words.percent(m.weight_bytes / m.source_weight_bytes), _figure(m.bits_a_parameter), _figure(m.bits_a_weight)],
-            *[_figure(m.error_nats, 3), f"{len(m.fallbacks)} matrices" if m.fallbacks else words.MISSING],
+            *[_figure(m.error_nats, 3), words.percent(changed.get(name)), f"{len(m.fallbacks)} matrices" if m.fallbacks else words.MISSING],
         ]
         for name, m in report.deployed.items()
     ]
@@ -253,12 +254,14 @@ def _cost_section(report: Report) -> Section:
             "Bits a parameter",
             "Bits a weight",
             "Error, nats",
+            "Changed answers",
             "Other type",
         ]
         tables.append(Table(titles, files, "Files to ship", text_columns=2))
         note = (
             "Bits are read from the file: over all of it, and over the matrices of the layers with their scales. The error is the mean "
-            "distance of log-probabilities to the fp32 model's, a token, on training rows."
+            "distance of log-probabilities to the fp32 model's, a token, on training rows. Changed answers are test items that the file "
+            "answers otherwise than the student before it was rounded."
         )
         served = [
             [

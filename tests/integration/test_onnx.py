@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,8 +31,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from data.examples import TaskExample
 from data.prompts import TextFormat
-from train.artifacts import Family
+from train.artifacts import DeployedModel, Family
 from train.config import ScratchModel
 from train.models import encoder, load_model, save_model, text_format
 from train.runtimes import TransformersRuntime, answers
@@ -36,6 +42,7 @@ from train.tokenization import train_tokenizer
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime_genai")
 
+from train.deploy import stage
 from train.deploy.onnx import make, stored
 from train.deploy.onnx_decoder import DECODER
 from train.deploy.onnx_graph import WEIGHTS, quantize
@@ -181,6 +188,40 @@ def test_a_damaged_file_is_told_in_one_line(student: dict[str, Path], tmp_path: 
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 5000 if path.name == WEIGHTS else None])
     with pytest.raises(RuntimeError, match=r"^ONNX Runtime cannot load .* on device 'cpu' \(.*\): run deploy again$"):
         OnnxRuntime(tmp_path)
+
+
+def _with_another_head(source: Path, out: Path) -> Path:
+    """The same model but for what its head gives: a T5's last states scaled otherwise, a Llama's rows of the head shifted by one."""
+    shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text())
+    if config["model_type"] == "t5":
+        config["scale_decoder_outputs"] = not config["scale_decoder_outputs"]
+    else:
+        assert config["tie_word_embeddings"]
+        config["tie_word_embeddings"] = False
+        weights = load_file(out / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, dims=0)
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_a_wrong_head_is_caught_before_it_ships(student: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = _with_another_head(student["source"], tmp_path / "wrong")
+
+    def deployed(maker: Callable[..., None], folder: Path) -> DeployedModel:
+        monkeypatch.setattr(stage, "module_of", lambda target: SimpleNamespace(make=maker))
+        reference = TransformersRuntime(student["source"], device="cpu")
+        rows = [TaskExample(str(n), text, label) for n, (text, label) in enumerate(PAIRS[:16])]
+        samples = list(stage.samples_of(rows, {}, reference.format, reference.encode))
+        return stage.deploy(TARGETS["onnx-float32"], student["source"], folder, samples, samples, reference)
+
+    error = deployed(make, tmp_path / "right").error_nats
+    assert error is not None
+    assert error < 1e-3
+    with pytest.raises(RuntimeError, match=r"onnx-float32 (is \d+.\d+ nats a token away|gives log-probabilities [\d.]+ times)"):
+        deployed(lambda source, out, *rest: make(wrong, out, *rest), tmp_path / "other")
+    assert not (tmp_path / "other" / "model").exists()
 
 
 def test_what_cannot_be_served_is_told(student: dict[str, Path], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_card_says_what_it_is_and_what_it_is_worth(tmp_path: Path) -> None:
         "Against step_by_step: -5.0 points, 3 gained, 13 lost, exact McNemar p = 0.021: significant at 5 %.",
         "Read from the file: 8.51 bits a parameter, 8.50 a weight of the layers' matrices (3 tensors Q8_0, 2 tensors F32).",
         "Stored as another type than the name says: blk.0.x.",
-        "0.059 nats a token from the fp32 model's",
+        "0.059 nats a token from those of the fp32 model",
         r"It is asked `'predict: INPUT\nAnswer:'`, greedily, for at most 8 tokens.",
         "ollama create my-model -f Modelfile",
         'runtime = open_runtime("llama_cpp", Path("."))',

@@ -176,6 +176,18 @@ HUB = "OWNER/teacher"
         (LIVE, {"name": "shared"}, "name is shared, which is the folder that runs share: choose another"),
         (
             RECORDED,
+            {"deploy": {"targets": ["gguf-q8_0"], "recover": {"epochs": 2}}},
+            "deploy.recover has no effect on deploy.targets gguf-q8_0, which have more than 4 bits: add one of gguf-q4_0, gguf-tq2_0, "
+            "gguf-tq1_0, onnx-int4, compressed-tensors-w4a16, compressed-tensors-w3a16, compressed-tensors-w2a16, or remove it",
+        ),
+        (
+            RECORDED,
+            {"deploy": {"targets": ["gguf-q4_0"], "recover": {"loss": {"soft": 1}}}},
+            "deploy.recover.loss.soft has a weight, but teacher.soft_labels is missing: set deploy.recover.loss.teacher to live, which "
+            "is the student as it was before it was rounded, or set soft to 0",
+        ),
+        (
+            RECORDED,
             {"student.loss.soft": 0.5},
             "student.loss.soft has a weight, but teacher.soft_labels is missing: add it or set student.loss.teacher to live (a recorded "
             "teacher can do neither), or set soft to 0",
@@ -270,6 +282,7 @@ def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
             "'onnx-int8', 'onnx-int4', 'compressed-tensors-bf16', 'compressed-tensors-w8a8', 'compressed-tensors-fp8', "
             "'compressed-tensors-w8a16', 'compressed-tensors-w4a16', 'compressed-tensors-w3a16' or 'compressed-tensors-w2a16'",
         ),
+        ({"deploy": {"targets": ["gguf-q4_0"], "recover": {"epochs": 0}}}, "deploy.recover.epochs: is 0; input should be greater than 0"),
         ({"deploy": {"targets": []}}, "deploy.targets: is []; list should have at least 1 item after validation, not 0"),
         (
             {"student.micro_batch_tokens": "big"},
@@ -292,8 +305,8 @@ def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
             {"student.model": {"cut_from": "teacher"}},
             "student.model: cut_from cuts nothing: give layers, neurons or heads, or name the teacher's model",
         ),
-        ({"deploy": None}, "deploy: is None; keys with values belong here: license, targets"),
-        ({"deploy": "ctranslate2-int8"}, "deploy: is 'ctranslate2-int8'; keys with values belong here: license, targets"),
+        ({"deploy": None}, "deploy: is None; keys with values belong here: license, recover, targets"),
+        ({"deploy": "ctranslate2-int8"}, "deploy: is 'ctranslate2-int8'; keys with values belong here: license, recover, targets"),
     ],
 )
 def test_a_wrong_key_or_value_is_told(changes: dict[str, Any], expected: str) -> None:
@@ -537,7 +550,7 @@ def sections(kind: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type
 
 def test_every_key_has_a_description() -> None:
     found = list(sections(Config, set()))
-    assert len(found) == 18
+    assert len(found) == 19
     for section in found:
         for name, field in section.model_fields.items():
             assert (field.description or "").endswith("."), f"{section.__name__}.{name}"

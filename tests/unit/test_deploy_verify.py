@@ -18,7 +18,7 @@ from train.config import DeployTarget
 from train.deploy import ctranslate2, targets, verify
 from train.deploy.stage import samples_of
 from train.deploy.targets import TARGETS, Stored, check_possible
-from train.deploy.verify import Probe, VerifyRequest, check_error, check_stored
+from train.deploy.verify import Probe, VerifyRequest, check_error, check_slope, check_stored
 
 Q4, F16, INT8 = TARGETS["gguf-q4_0"], TARGETS["gguf-f16"], TARGETS["ctranslate2-int8"]
 SOURCE = 4 * 3 * 1024
@@ -101,6 +101,22 @@ def test_a_number_that_is_not_finite_is_told(value: float) -> None:
 def test_a_number_too_few_is_told() -> None:
     with pytest.raises(RuntimeError, match=r"gguf-q4_0 gives log-probabilities that are not finite \(\[-0.5\]\)"):
         check_error(Q4, PROBES, [[-0.5], [-2.0]])
+
+
+SURE = [Probe([1], [2, 3], [-0.001, -0.002]), Probe([1], [4], [-6.0], is_other=True), Probe([2], [5], [-9.0], is_other=True)]
+
+
+def test_logits_scaled_otherwise_are_seen_though_every_answer_is_the_same() -> None:
+    eightfold = [[-0.0, -0.0], [-48.0], [-72.0]]
+    assert check_error(F16, SURE, eightfold) < 0.01, "only tokens of the text itself are compared"
+    with pytest.raises(RuntimeError, match=r"gguf-f16 gives log-probabilities 8 times those of the fp32 model: its logits are scaled"):
+        check_slope(F16, SURE, eightfold)
+    with pytest.raises(RuntimeError, match=r"gguf-q4_0 gives log-probabilities 0.13 times"):
+        check_slope(Q4, SURE, [[-0.001, -0.0], [-0.75], [-1.125]])
+    for scaled in (0.8, 1.3):
+        check_slope(Q4, SURE, [[scaled * value for value in probe.log_probs] for probe in SURE])
+    check_slope(TARGETS["gguf-tq2_0"], SURE, [[-1.0, -1.0], [-1.0], [-1.0]])
+    check_slope(F16, SURE[:1], [[-0.1, -0.1]])
 
 
 def test_a_file_is_opened_by_its_own_runtime_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,17 @@ def test_there_may_be_nothing_to_resume_or_something_else(tmp_path: Path) -> Non
         engine(nn.Linear(3, 3)).resume(tmp_path / "state")
 
 
+def test_masks_are_not_taken_up_by_a_model_of_another_shape(tmp_path: Path) -> None:
+    flat = engine(nn.Linear(4, 3))
+    flat.hold({"weight": torch.eye(3, 4) > 0})
+    flat.save(tmp_path / "state", 1, {})
+    wider = engine(nn.Linear(5, 3))
+    with pytest.raises(RuntimeError, match=r"step-1 holds the weights of another model: delete .* to train this model from its start"):
+        wider.resume(tmp_path / "state")
+    assert wider.holding is None
+    assert wider.gather_weights()["weight"].all()
+
+
 def test_a_released_module_has_its_fp32_weights_and_can_be_wrapped_again() -> None:
     module = model()
     first = engine(module, bf16=True)

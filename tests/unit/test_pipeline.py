@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.config import Config, validate
-from launch.pipeline import Stage, stages, task_stage
+from launch.pipeline import Stage, deployed_from, made_by, stages, task_stage
 from train.artifacts import TaskFiles
 
 SMALL: dict[str, Any] = {"from_scratch": "t5", "d_model": 16, "layers": 1, "heads": 2}
@@ -181,6 +181,32 @@ def test_another_target_leaves_the_others_alone() -> None:
     before, after = table(config()), table(config(deploy__targets=["ctranslate2-int8", "ctranslate2-float16", "ctranslate2-float32"]))
     assert {name: stage.key for name, stage in after.items() if name in before} == {name: stage.key for name, stage in before.items()}
     assert after.keys() - before.keys() == {"deploy.ctranslate2-float16", "evaluate.ctranslate2-float16"}
+
+
+def test_a_target_of_few_bits_recovers_beside_the_one_that_is_only_rounded() -> None:
+    targets = ["gguf-q8_0", "gguf-q4_0", "onnx-int4"]
+    settings = config(deploy__targets=targets, deploy__recover={"epochs": 2})
+    found = table(settings)
+    files = ["gguf-q8_0", "gguf-q4_0", "gguf-q4_0-recovered", "onnx-int4", "onnx-int4-recovered"]
+    assert [stage.detail for stage in found.values() if stage.kind == "deploy"] == files
+    assert [stage.detail for stage in found.values() if stage.kind == "recover"] == ["gguf-q4_0", "onnx-int4"]
+    assert [stage.detail for stage in found.values() if stage.kind == "evaluate"][-5:] == files
+    of = {name: deployed_from(settings, found, found[f"deploy.{name}"]).name for name in files}
+    assert of["gguf-q4_0-recovered"] == "recover.gguf-q4_0"
+    assert of["gguf-q4_0"] == "train.step_by_step_soft"
+    assert found["recover.gguf-q4_0"].place == "worker"
+    assert made_by(settings, found, "gguf-q4_0-recovered").name == "deploy.gguf-q4_0-recovered"
+
+
+def test_a_recovery_depends_on_its_settings_and_its_student_alone() -> None:
+    def of(**values: Any) -> dict[str, Stage]:
+        return table(config(deploy__targets=["gguf-q8_0", "gguf-q4_0"], **values))
+
+    first, longer, other = of(deploy__recover={}), of(deploy__recover={"epochs": 2}), of(deploy__recover={}, student__epochs=4)
+    assert first["recover.gguf-q4_0"].key != longer["recover.gguf-q4_0"].key
+    assert first["deploy.gguf-q4_0"].key == longer["deploy.gguf-q4_0"].key == of()["deploy.gguf-q4_0"].key
+    assert first["recover.gguf-q4_0"].key != other["recover.gguf-q4_0"].key
+    assert first["deploy.gguf-q4_0-recovered"].key != longer["deploy.gguf-q4_0-recovered"].key
 
 
 def test_another_baseline_leaves_the_others_alone() -> None:

@@ -47,7 +47,7 @@ def evaluation(folder: Path, name: str, right: str, *, first: int = 0, **changes
             agrees = None if i < 2 else mark == "1"
             answer = {
                 "id": f"item{i + first}",
-                "answer": SCRIPT if i == 0 else None if i == 7 else f"a|{i}",
+                "answer": SCRIPT if i == 0 else None if i == 7 else f"a|{i}" if i < 8 or mark == "1" else f"b|{i}",
                 "correct": mark == "1",
                 "agrees": agrees,
             }
@@ -326,7 +326,7 @@ def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:
         ["Validation loss", "0.2500"],
         ["task", "10 rows", "used again", "1", "1.2 s"],
         ["train", "0.90 MB", "ran", "2", "1 min 40 s"],
-        ["ctranslate2-int8", "ctranslate2", "0.24 MB", "0.30 MB", "27.0 %", "8.50", "8.25", "0.012", "2 matrices"],
+        ["ctranslate2-int8", "ctranslate2", "0.24 MB", "0.30 MB", "27.0 %", "8.50", "8.25", "0.012", "20.0 %", "2 matrices"],
         ["ctranslate2-int8", "cpu", "0.5 s", "12.3 ms", "-"],
         ["versions.torch", "2.13.0"],
         ["How many is <b>0</b>?", "0", *[f"✓ {SCRIPT}"] * 5],

@@ -34,6 +34,8 @@ MODEL = "model"
 NUM_SAMPLES, NUM_PROBES = 256, 16
 _LONGEST_PROBE = 24
 """Tokens of a probe's target: llama.cpp gives the probabilities of one token a request."""
+_LONGEST_OTHER = 4
+"""Of another text's target, which shows how log-probabilities are scaled."""
 
 
 def run(request: DeployRequest) -> DeployedModel:
@@ -83,7 +85,8 @@ def deploy(
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unchecked, ignore_errors=True)
     try:
-        probes = [_probe(reference, sample) for sample in compared]
+        others = [(sample[0], other[1][:_LONGEST_OTHER]) for sample, other in zip(compared, [*compared[1:], compared[0]], strict=True)]
+        probes = [*(_probe(reference, sample) for sample in compared), *(_probe(reference, other, is_other=True) for other in others)]
         reference.close()  # a converter loads the model again
         module_of(target).make(source, unchecked, target, samples)
         verified = _verified(target, source, unchecked, folder, probes)
@@ -150,9 +153,9 @@ def samples_of(rows: Iterable[TaskExample], rationales: dict[str, str], form: Te
             yield form.prompt_ids("explain", row.input, encode)[0], form.rationale_ids(rationale, encode)[0]
 
 
-def _probe(reference: TransformersRuntime, sample: Sample) -> Probe:
+def _probe(reference: TransformersRuntime, sample: Sample, *, is_other: bool = False) -> Probe:
     prompt, target = list(sample[0]), list(sample[1])[:_LONGEST_PROBE]
-    return Probe(prompt, target, reference.log_probs(prompt, target))
+    return Probe(prompt, target, reference.log_probs(prompt, target), is_other)
 
 
 def num_weights(model_folder: Path) -> int:

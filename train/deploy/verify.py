@@ -26,6 +26,11 @@ FLOOR = -10.0
 """Nats: all that is less probable counts as being so improbable. A sure model's least tokens are far apart and mean nothing."""
 _BOUNDS = {16: 0.05, 8: 0.25, 5: 0.4, 4: 1.0}
 """Most nats a token, on average, that a target of at least so many bits may be off; below there is no bound, only finiteness."""
+_SLOPES = (0.5, 2.0)
+"""Between these lies what log-probabilities are multiplied by, for targets of 4 bits and more: logits scaled otherwise, by T5's root of
+d_model say, change no sure answer, so that `_BOUNDS` does not see it."""
+_SURE = 1.0
+"""Sum of squares, nats: so sure of all tokens is a model of which no slope can be told."""
 _SOURCE_BITS = _SCALE_BITS = 32
 
 
@@ -37,6 +42,8 @@ class Probe:
     target: list[int]
     log_probs: list[float]
     """Natural, of each token of the target."""
+    is_other: bool = False
+    """The target is that of another text, and improbable: it shows how the numbers are scaled, not how well the model is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,9 @@ def run(request: VerifyRequest) -> Verified:
     begin = time.perf_counter()
     runtime = open_runtime(target.runtime, folder, device="cpu")
     loaded = time.perf_counter() - begin
-    error = check_error(target, request.probes, [runtime.log_probs(probe.prompt, probe.target) for probe in request.probes])
+    given = [runtime.log_probs(probe.prompt, probe.target) for probe in request.probes]
+    error = check_error(target, request.probes, given)
+    check_slope(target, request.probes, given)
     runtime.answer([probe.prompt for probe in request.probes[:2]], max_new_tokens=2)
     matrices = [tensor for tensor in tensors if tensor.is_matrix]
     found = Verified(
@@ -165,19 +174,43 @@ def check_error(target: Target, probes: Sequence[Probe], found: Sequence[Sequenc
                 f"deploy.targets: {target.name} gives log-probabilities that are not finite ({list(values)}): the checkpoint's weights are "
                 "not finite, or overflow in this type; train again, or choose a target of more bits"
             )
+    compared = [(probe, values) for probe, values in zip(probes, found, strict=True) if not probe.is_other]
     distances = [
         abs(max(ours, FLOOR) - max(theirs, FLOOR))
-        for probe, values in zip(probes, found, strict=True)
+        for probe, values in compared
         for ours, theirs in zip(values, probe.log_probs, strict=True)
     ]
     error = sum(distances) / len(distances)
     bound = next((most for bits, most in _BOUNDS.items() if target.bits >= bits), math.inf)
     if error > bound:
         raise RuntimeError(
-            f"deploy.targets: {target.name} is {error:.2f} nats a token away from the fp32 model on {len(probes)} training rows, more than "
-            f"{bound:g}: it is not the same model any more; choose a target of more bits"
+            f"deploy.targets: {target.name} is {error:.2f} nats a token away from the fp32 model on {len(compared)} training rows, more "
+            f"than {bound:g}: it is not the same model any more; choose a target of more bits"
         )
     return error
+
+
+def check_slope(target: Target, probes: Sequence[Probe], found: Sequence[Sequence[float]]) -> None:
+    """That log-probabilities are not the fp32 model's times something: the slope of the line through 0 that fits them best.
+
+    Args:
+        target: below 4 bits a model may well be less sure of itself.
+        probes: with the fp32 model's log-probabilities.
+        found: those of the file, of the same tokens.
+
+    Raises:
+        RuntimeError: if the slope is not near 1.
+    """
+    pairs = [pair for probe, values in zip(probes, found, strict=True) for pair in zip(probe.log_probs, values, strict=True)]
+    squares = sum(theirs**2 for theirs, _ in pairs)
+    if squares < _SURE or target.bits < min(_BOUNDS):
+        return
+    slope = sum(theirs * ours for theirs, ours in pairs) / squares
+    if not _SLOPES[0] < slope < _SLOPES[1]:
+        raise RuntimeError(
+            f"deploy.targets: {target.name} gives log-probabilities {slope:.2g} times those of the fp32 model: its logits are scaled "
+            "otherwise, a fault of what writes this file for such a model; choose a target of another format"
+        )
 
 
 def _bits(tensors: Sequence[Stored]) -> float:
