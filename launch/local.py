@@ -26,7 +26,7 @@ from launch.rundir import command_line, locked, open_run, run_folder, write_stag
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
-from train.deploy.targets import target_of
+from train.deploy.targets import check_installed, target_of
 from train.evaluate import EvalRequest, command
 from train.signals import SIGNALS, STOPPED, handling
 from train.tracking import Tracker
@@ -69,6 +69,7 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         if not any(stage.kind == until for stage in table.values()):
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
+        _check_libraries(wanted)
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
         missing = [s for s in wanted if s.place == "worker" and not s.is_done]
         before = {s.name for s in wanted if s.is_done}
@@ -84,6 +85,14 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
                 _tell(finished[-1], console)
         _track([f for f in finished if f.stage.place == "process" and f.artifact is not None and not f.skipped], config, folder)
     return finished
+
+
+def _check_libraries(wanted: Sequence[Stage]) -> None:
+    """Before a student is trained for hours, that what its files need is installed."""
+    for stage in wanted:
+        target = target_of(stage.detail) if stage.kind == "deploy" and not stage.is_done else None
+        if target is not None:
+            check_installed(target)
 
 
 def check_all_made(finished: Sequence[Finished]) -> None:

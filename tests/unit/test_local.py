@@ -23,6 +23,7 @@ from launch.local import check_all_made, eval_request, made, num_processes, run_
 from launch.pipeline import Stage, stages
 from launch.rundir import locked, run_folder
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
+from train.deploy import targets
 from train.evaluate import EvalRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -309,6 +310,16 @@ def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypa
     assert "evaluate.ctranslate2-int8" in made_of
     with pytest.raises(RuntimeError, match=r"\Anot made: gguf-q8_0 \(the reason stands above\); all else is done, and the same command"):
         check_all_made(finished)
+
+
+def test_a_missing_library_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else object())
+    monkeypatch.setattr(local, "supervise", lambda *_: pytest.fail("a process was started"))
+    with pytest.raises(
+        ValueError, match=r"deploy.targets holds gguf-q8_0, which needs xllamacpp: pip install 'stepdown\[gguf\]', or remove"
+    ):
+        run_pipeline(tiny(deploy={"targets": ["ctranslate2-int8", "gguf-q8_0"]}), Console(quiet=True))
 
 
 # ----- processes that end with their parent -----

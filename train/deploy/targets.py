@@ -163,6 +163,15 @@ def check_possible(target: Target, family: Family) -> None:
         raise ValueError(
             f"deploy.targets holds {target.name}, which is for {target.families[0]} models, but the student is {family}: use {others}"
         )
+    check_installed(target)
+
+
+def check_installed(target: Target) -> None:
+    """That a file of this kind can be made here.
+
+    Raises:
+        ValueError: if a library is not installed.
+    """
     needed, extra = _LIBRARIES[target.format]
     missing = [library for library in needed if importlib.util.find_spec(library) is None]
     if missing:
