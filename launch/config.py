@@ -116,6 +116,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _zeros_have_a_place(self) -> Self:
+        prune = self.student.prune
+        if prune is not None and prune.makes_zeros:
+            lost = [name for name in self.deploy.targets if not TARGETS[name].holds_zeros]
+            if lost:
+                raise ValueError(
+                    f"deploy.targets holds {lost[0]}, where a weight is plus or minus a scale, but student.prune.method is {prune.method}, "
+                    "which sets weights to 0: use gguf-tq1_0, which has a code for 0, or prune neurons, heads or layers"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _soft_labels_fit(self) -> Self:
         soft = self.teacher.soft_labels
         if soft is not None and soft.format == "choices" and self.task.metric != "choice":

@@ -23,6 +23,7 @@ DeployTarget = Literal[
     "gguf-q4_0",
     "gguf-tq2_0",
     "gguf-tq1_0",
+    "gguf-q1_0",
     "onnx-float32",
     "onnx-int8",
     "onnx-int4",

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+Kind = Literal["signed", "symmetric", "asymmetric", "ternary", "binary"]
 _SCALES = "scales.safetensors"
 _TERNARY_THRESHOLD = 0.7
-"""Of the mean size of a group's weights: below it a weight becomes 0. Source: Li and Liu, Ternary weight networks, arXiv 1605.04711."""
+"""Of the mean size of a group's weights that are not 0: below it a weight becomes 0. Source: Li and Liu, arXiv 1605.04711."""
 _RANGES = {2: 0.75, 3: 0.9, 4: 0.95}
 """Share of a group's range that codes of so many bits reach over: least squared error for groups of 32 normal numbers, of 64 at 4 bits."""
 
@@ -41,9 +42,9 @@ class Codes:
 class Grid:
     """How a matrix is stored."""
 
-    kind: Literal["signed", "symmetric", "asymmetric", "ternary"]
+    kind: Kind
     """signed: the scale has the sign that puts the largest weight at the lowest code (Q4_0, ONNX); symmetric: codes on both sides of 0;
-    asymmetric: from the least weight to the largest, 0 among them; ternary: -1, 0 and 1."""
+    asymmetric: from the least weight to the largest, 0 among them; ternary: -1, 0 and 1; binary: -1 and 1, also of a weight that is 0."""
     bits: int
     group: int
     """Weights of a row that share a scale; the last group of a row is filled up with zeros."""
@@ -60,6 +61,8 @@ class Grid:
         scale, zero = self._scales(grouped)
         scale = scale.to(self.scale_type).float()
         low, high = self._ends()
+        if self.kind == "binary":
+            return Codes(torch.where(grouped < 0, -1.0, 1.0), scale, zero)
         steps = torch.where(scale == 0, torch.ones_like(scale), scale)
         return Codes((torch.round(grouped / steps) + zero).clamp(low, high), scale, zero)
 
@@ -78,16 +81,20 @@ class Grid:
     def _scales(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
         sizes = grouped.abs()
         low, high = self._ends()
-        if self.kind == "ternary":
-            large = sizes > _TERNARY_THRESHOLD * sizes.mean(-1, keepdim=True)
+        # Weights that pruning took out, and what fills up a group, say nothing of how large the others are.
+        mean = sizes.sum(-1, keepdim=True) / (sizes > 0).sum(-1, keepdim=True).clamp(min=1)
+        if self.kind == "binary":
+            scale = mean
+        elif self.kind == "ternary":
+            large = sizes > _TERNARY_THRESHOLD * mean
             scale = (sizes * large).sum(-1, keepdim=True) / large.sum(-1, keepdim=True).clamp(min=1)
         elif self.kind == "signed":
             scale = grouped.gather(-1, sizes.argmax(-1, keepdim=True)) / low
         elif self.kind == "symmetric":
             scale = _RANGES[self.bits] * 2 * sizes.amax(-1, keepdim=True) / (high - low)
         else:
-            least, most = (_RANGES[self.bits] * end for end in (grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)))
-            least, most = least.clamp(max=0.0), most.clamp(min=0.0)
+            least = (_RANGES[self.bits] * grouped.amin(-1, keepdim=True)).clamp(max=0.0)
+            most = (_RANGES[self.bits] * grouped.amax(-1, keepdim=True)).clamp(min=0.0)
             scale = (most - least) / (high - low)
             # The zero point is chosen for the scale that is stored.
             stored = scale.to(self.scale_type).float()
@@ -96,19 +103,28 @@ class Grid:
         return scale, torch.zeros_like(scale)
 
 
-class _Straight(torch.autograd.Function):
-    """Rounds on the way forward, and lets the gradient through as if it had not (the straight-through estimator).
+# An operator of its own: a compiler that fused the rounding with what is around it would compute scales in other precisions than the
+# files hold, and other codes with them.
+@torch.library.custom_op("stepdown::rounded", mutates_args=())
+def _rounded(weight: Tensor, kind: str, bits: int, group: int, scale_type: torch.dtype) -> Tensor:
+    return Grid(cast(Kind, kind), bits, group, scale_type).rounded(weight)
+
+
+@_rounded.register_fake
+def _(weight: Tensor, kind: str, bits: int, group: int, scale_type: torch.dtype) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _straight(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    """Lets the gradient through as if nothing were rounded (the straight-through estimator).
 
     Source: Bengio et al., arXiv 1308.3432.
     """
+    del ctx
+    return gradient, None, None, None, None
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:
-        return grid.rounded(weight)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+_rounded.register_autograd(_straight)
 
 
 class RoundedLinear(nn.Linear):
@@ -118,7 +134,8 @@ class RoundedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        return F.linear(input, cast(Tensor, _Straight.apply(self.weight, self.grid)), self.bias)  # type: ignore[no-untyped-call]
+        grid = self.grid
+        return F.linear(input, _rounded(self.weight, grid.kind, grid.bits, grid.group, grid.scale_type), self.bias)
 
 
 def matrices(model: PreTrainedModel) -> dict[str, nn.Linear]:

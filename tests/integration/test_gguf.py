@@ -18,6 +18,7 @@ from data.prompts import TextFormat
 from train.deploy import gguf
 from train.deploy.llama_cpp import LlamaCppRuntime
 from train.deploy.targets import TARGETS
+from train.grids import put_on_grids
 from train.models import save_model
 from train.runtimes import TransformersRuntime, model_bytes
 from train.tokenization import text_format, train_tokenizer
@@ -131,6 +132,7 @@ def test_the_error_of_each_type_is_bounded(target: str, most: float, tmp_path: P
         ("gguf-q4_0", {"Q4_0": 14, "F32": 5, "Q8_0": 2}, 4.5),
         ("gguf-tq2_0", {"TQ2_0": 14, "F32": 5, "Q8_0": 2}, 2.0625),
         ("gguf-tq1_0", {"TQ1_0": 14, "F32": 5, "Q8_0": 2}, 1.6875),
+        ("gguf-q1_0", {"Q1_0": 14, "F32": 5, "Q8_0": 2}, 1.125),
     ],
 )
 def test_what_a_file_holds(target: str, kinds: dict[str, int], bits: float, tmp_path: Path) -> None:
@@ -140,6 +142,17 @@ def test_what_a_file_holds(target: str, kinds: dict[str, int], bits: float, tmp_
     assert Counter(tensor.type for tensor in tensors) == kinds
     assert {tensor.bits for tensor in tensors if tensor.is_matrix} == {bits}
     assert sum(tensor.num_bytes for tensor in tensors) < model_bytes(folder)[0] == (folder / "model.gguf").stat().st_size
+
+
+@pytest.mark.parametrize("target", ["gguf-q4_0", "gguf-tq2_0", "gguf-tq1_0", "gguf-q1_0"])
+def test_llama_cpp_reads_weights_on_a_grid_as_they_are(target: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    model = model_of("llama", len(tokenizer))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    put_on_grids(model, gguf.grids(model, TARGETS[target]))
+    assert not torch.allclose(before["model.layers.0.mlp.up_proj.weight"], model.get_submodule("model.layers.0.mlp.up_proj").weight)
+    # What is left is what llama.cpp rounds its inputs, embedding and head to: 8 bits.
+    assert error(made(tmp_path, target, model, tokenizer), model) < 0.06
 
 
 def test_rows_that_the_blocks_do_not_divide_fall_back_and_are_seen() -> None:

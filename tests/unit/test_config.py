@@ -178,13 +178,19 @@ HUB = "OWNER/teacher"
             RECORDED,
             {"deploy": {"targets": ["gguf-q8_0"], "recover": {"epochs": 2}}},
             "deploy.recover has no effect on deploy.targets gguf-q8_0, which have more than 4 bits: add one of gguf-q4_0, gguf-tq2_0, "
-            "gguf-tq1_0, onnx-int4, compressed-tensors-w4a16, compressed-tensors-w3a16, compressed-tensors-w2a16, or remove it",
+            "gguf-tq1_0, gguf-q1_0, onnx-int4, compressed-tensors-w4a16, compressed-tensors-w3a16, compressed-tensors-w2a16, or remove it",
         ),
         (
             RECORDED,
             {"deploy": {"targets": ["gguf-q4_0"], "recover": {"loss": {"soft": 1}}}},
             "deploy.recover.loss.soft has a weight, but teacher.soft_labels is missing: set deploy.recover.loss.teacher to live, which "
             "is the student as it was before it was rounded, or set soft to 0",
+        ),
+        (
+            RECORDED,
+            {"deploy": {"targets": ["gguf-q8_0", "gguf-q1_0"]}, "student.prune": {"method": "wanda", "fraction": 0.5}},
+            "deploy.targets holds gguf-q1_0, where a weight is plus or minus a scale, but student.prune.method is wanda, which sets "
+            "weights to 0: use gguf-tq1_0, which has a code for 0, or prune neurons, heads or layers",
         ),
         (
             RECORDED,
@@ -278,8 +284,8 @@ def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
         (
             {"deploy": {"targets": ["ctranslate2-int8", "int4"]}},
             "deploy.targets.1: is 'int4'; input should be 'ctranslate2-float32', 'ctranslate2-float16', 'ctranslate2-int8', "
-            "'ctranslate2-int8_float16', 'gguf-f16', 'gguf-q8_0', 'gguf-q5_1', 'gguf-q4_0', 'gguf-tq2_0', 'gguf-tq1_0', 'onnx-float32', "
-            "'onnx-int8', 'onnx-int4', 'compressed-tensors-bf16', 'compressed-tensors-w8a8', 'compressed-tensors-fp8', "
+            "'ctranslate2-int8_float16', 'gguf-f16', 'gguf-q8_0', 'gguf-q5_1', 'gguf-q4_0', 'gguf-tq2_0', 'gguf-tq1_0', 'gguf-q1_0', "
+            "'onnx-float32', 'onnx-int8', 'onnx-int4', 'compressed-tensors-bf16', 'compressed-tensors-w8a8', 'compressed-tensors-fp8', "
             "'compressed-tensors-w8a16', 'compressed-tensors-w4a16', 'compressed-tensors-w3a16' or 'compressed-tensors-w2a16'",
         ),
         ({"deploy": {"targets": ["gguf-q4_0"], "recover": {"epochs": 0}}}, "deploy.recover.epochs: is 0; input should be greater than 0"),

@@ -24,6 +24,7 @@ GRIDS = {
     "asymmetric 2": Grid("asymmetric", 2, 32, torch.bfloat16),
 }
 EACH = pytest.mark.parametrize("name", GRIDS)
+BINARY = Grid("binary", 1, 128)
 
 
 def drawn(rows: int = 6, columns: int = 512, seed: int = 0) -> Tensor:
@@ -61,6 +62,33 @@ def test_a_group_has_few_values_and_zero_is_one_of_them(name: str) -> None:
     assert max(found) <= (3 if grid.kind == "ternary" else 2**grid.bits)
     assert max(found) > 2
     assert torch.isfinite(rounded).all()
+
+
+def test_one_bit_is_plus_or_minus_the_mean_size_of_what_is_not_zero() -> None:
+    weight = drawn()
+    weight[:, ::2] = 0.0
+    weight[1] = 0.0
+    rounded = BINARY.rounded(weight)
+    assert not rounded[1].any()
+    kept = weight[2, :128][weight[2, :128] != 0]
+    assert rounded[2, :128].abs().unique().tolist() == pytest.approx([float(kept.abs().mean())], rel=1e-3)
+    assert torch.equal(torch.where(weight[2] < 0, -1.0, 1.0), rounded[2].sign())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:bf16 and fp16 are mixed")
+@pytest.mark.parametrize("grid", [*GRIDS.values(), BINARY], ids=[*GRIDS, "binary"])
+def test_a_compiled_layer_rounds_to_the_same_codes(grid: Grid) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(512, 6), torch.randn(3, 512)
+    layer.__class__, layer.grid = RoundedLinear, grid
+    outputs = layer(inputs)
+    outputs.square().sum().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    compiled = torch.compile(layer, fullgraph=True)(inputs)
+    compiled.square().sum().backward()
+    torch.testing.assert_close(compiled, outputs)
+    torch.testing.assert_close(layer.weight.grad, expected)
 
 
 @EACH

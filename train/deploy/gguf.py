@@ -30,7 +30,7 @@ _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3
 """Of transformers' model types, the architectures whose tensors map one to one."""
 _HEAD = "Q8_0"
 """Of embeddings and head, where a target has fewer bits: they are read once a token, and a tied one is both."""
-_FALLBACK = {"TQ2_0": "Q4_0", "TQ1_0": "Q4_0"}
+_FALLBACK = {"TQ2_0": "Q4_0", "TQ1_0": "Q4_0", "Q1_0": "Q4_0"}
 """Where a row is no multiple of the block; any other type falls back to F16."""
 _PRE_TOKENIZERS = {
     "smollm": ("Digits", "ByteLevel"),
@@ -73,7 +73,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         writer.add_chat_template(tokenizer.chat_template)
     for name, values in _tensors(model, architecture):
         kind = type_of(name, values.shape, target.type)
-        writer.add_tensor(name, gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]), raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(name, _packed(values, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -88,7 +88,7 @@ def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
     from train.grids import Grid, matrices
 
     ternary = Grid("ternary", 2, _block("TQ2_0"))
-    known = {"Q4_0": Grid("signed", 4, _block("Q4_0")), "TQ2_0": ternary, "TQ1_0": ternary}
+    known = {"Q4_0": Grid("signed", 4, _block("Q4_0")), "TQ2_0": ternary, "TQ1_0": ternary, "Q1_0": Grid("binary", 1, _block("Q1_0"))}
     types = {name: type_of(name, linear.weight.shape, target.type) for name, linear in matrices(model).items()}
     return {name: known[type] for name, type in types.items() if type in known}
 
@@ -119,6 +119,19 @@ def modelfile(form: TextFormat) -> str:
         f'FROM ./{GGUF_FILE}\nTEMPLATE """{prompt}"""\nPARAMETER temperature 0\nPARAMETER num_predict {form.max_answer_tokens}\n'
         f"PARAMETER num_ctx {form.max_input_tokens + form.max_answer_tokens}\n"
     )
+
+
+def _packed(values: NDArray[np.float32], type: str) -> Array:
+    """A tensor's blocks as bytes; gguf has no quantizer of its own for Q1_0."""
+    if type != "Q1_0":
+        packed: Array = gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
+        return packed
+    # block_q1_0 of ggml-common.h: a scale, then a bit a weight from the lowest on, 1 for +scale and 0 for -scale.
+    blocks = values.reshape(-1, _block(type))
+    used = np.count_nonzero(blocks, axis=1, keepdims=True).clip(min=1)
+    scales = (np.abs(blocks).sum(1, keepdims=True, dtype=np.float64) / used).astype(np.float16)
+    bits = np.packbits(blocks >= 0, axis=1, bitorder="little")
+    return np.concatenate([scales.view(np.uint8), bits], axis=1).reshape(*values.shape[:-1], -1)
 
 
 def _block(type: str) -> int:

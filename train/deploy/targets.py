@@ -59,6 +59,11 @@ class Target:
         return self.bits < 16
 
     @property
+    def holds_zeros(self) -> bool:
+        """A weight that pruning has set to zero is zero in the file: a single bit is plus or minus."""
+        return self.bits > 1
+
+    @property
     def can_recover(self) -> bool:
         """So few bits that training through the rounding pays."""
         return self.bits <= MAX_RECOVERED_BITS
@@ -109,6 +114,7 @@ TARGETS: dict[str, Target] = {
             "q4_0": ("Q4_0", 4),
             "tq2_0": ("TQ2_0", 2),
             "tq1_0": ("TQ1_0", 1.6),
+            "q1_0": ("Q1_0", 1),
         },
     ),
     **_of("onnx", "onnx", _BOTH, {"float32": ("float32", 32), "int8": ("int8", 8), "int4": ("int4", 4)}),
