@@ -232,9 +232,9 @@ def cell_path(out: Path, way: Way, recovery: str, seed: int, tried: float | None
     return out / "cells" / f"{way.method}-{amount}-{recovery}-{seed}{'' if tried is None else f'-try-{tried:g}'}.json"
 
 
-def loaded(options: argparse.Namespace) -> tuple[PreTrainedModel, Data]:
-    tokenizer = load_tokenizer(SOURCE, texts=None, folder=None)
-    model = load_model(SOURCE, tokenizer, seed=0, dtype=torch.float32)
+def loaded(options: argparse.Namespace, source: str = SOURCE) -> tuple[PreTrainedModel, Data]:
+    tokenizer = load_tokenizer(source, texts=None, folder=None)
+    model = load_model(source, tokenizer, seed=0, dtype=torch.float32)
     form = text_format(tokenizer, "decoder_only", max_input_tokens=256, max_label_tokens=16, max_rationale_tokens=128)
     config = TaskConfig(
         train=str(options.data / "cqa_train.jsonl.xz"),
