@@ -21,6 +21,7 @@ def output_of(process: subprocess.Popen[str], status: int = 0) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_a_bad_store_is_refused_and_only_what_is_bad_is_written_again(finished: Path, tmp_path: Path, start: Start) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
