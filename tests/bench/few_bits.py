@@ -49,7 +49,8 @@ _WIDE = 768
 
 def source_of(target: Target, tuned: PreTrainedModel) -> PreTrainedModel:
     """The model in fp32 on the CPU, widened where the target's blocks ask for it."""
-    return widened(tuned) if target.bits < 3 and target.format == "gguf" else copy.deepcopy(tuned)
+    in_rows_of_32 = target.format != "gguf" or target.type in ("F16", "Q8_0", "Q5_1", "Q4_0")
+    return copy.deepcopy(tuned) if in_rows_of_32 else widened(tuned)
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from data.prompts import TextFormat
-from train.deploy import gguf
+from train.deploy import ggml, gguf
+from train.deploy.ggml import quantize
 from train.deploy.llama_cpp import LlamaCppRuntime
 from train.deploy.targets import TARGETS
 from train.grids import put_on_grids
@@ -115,7 +116,9 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, settings: dict[str
     assert error(made(tmp_path, "gguf-f16", model, tokenizer), model) < 0.005
 
 
-@pytest.mark.parametrize(("target", "most"), [("gguf-q8_0", 0.05), ("gguf-q5_1", 0.2), ("gguf-q4_0", 0.35)])
+@pytest.mark.parametrize(
+    ("target", "most"), [("gguf-q8_0", 0.05), ("gguf-q6_k", 0.1), ("gguf-q5_1", 0.2), ("gguf-q4_k_m", 0.35), ("gguf-q4_0", 0.35)]
+)
 def test_the_error_of_each_type_is_bounded(target: str, most: float, tmp_path: Path) -> None:
     tokenizer = tokenizer_of("own")
     model = model_of("llama", len(tokenizer))
@@ -129,19 +132,55 @@ def test_the_error_of_each_type_is_bounded(target: str, most: float, tmp_path: P
 @pytest.mark.parametrize(
     ("target", "kinds", "bits"),
     [
-        ("gguf-q4_0", {"Q4_0": 14, "F32": 5, "Q8_0": 2}, 4.5),
-        ("gguf-tq2_0", {"TQ2_0": 14, "F32": 5, "Q8_0": 2}, 2.0625),
-        ("gguf-tq1_0", {"TQ1_0": 14, "F32": 5, "Q8_0": 2}, 1.6875),
-        ("gguf-q1_0", {"Q1_0": 14, "F32": 5, "Q8_0": 2}, 1.125),
+        ("gguf-q4_0", {"Q4_0": 14, "F32": 5, "Q8_0": 2}, {4.5}),
+        ("gguf-tq2_0", {"TQ2_0": 14, "F32": 5, "Q8_0": 2}, {2.0625}),
+        ("gguf-tq1_0", {"TQ1_0": 14, "F32": 5, "Q8_0": 2}, {1.6875}),
+        ("gguf-q1_0", {"Q1_0": 14, "F32": 5, "Q8_0": 2}, {1.125}),
+        ("gguf-q6_k", {"Q6_K": 14, "F32": 5, "Q8_0": 2}, {6.5625}),
+        ("gguf-q4_k_m", {"Q4_K": 12, "Q6_K": 2, "F32": 5, "Q8_0": 2}, {4.5, 6.5625}),
+        ("gguf-q3_k_m", {"Q3_K": 8, "Q4_K": 4, "Q5_K": 2, "F32": 5, "Q8_0": 2}, {3.4375, 4.5, 5.5}),
+        ("gguf-q2_k", {"Q2_K": 8, "Q3_K": 6, "F32": 5, "Q8_0": 2}, {2.625, 3.4375}),
     ],
 )
-def test_what_a_file_holds(target: str, kinds: dict[str, int], bits: float, tmp_path: Path) -> None:
+def test_what_a_file_holds(target: str, kinds: dict[str, int], bits: set[float], tmp_path: Path) -> None:
     tokenizer = tokenizer_of("own")
     folder = made(tmp_path, target, model_of("llama", len(tokenizer)), tokenizer)
     tensors = gguf.stored(folder)
     assert Counter(tensor.type for tensor in tensors) == kinds
-    assert {tensor.bits for tensor in tensors if tensor.is_matrix} == {bits}
+    assert {tensor.bits for tensor in tensors if tensor.is_matrix} == bits
     assert sum(tensor.num_bytes for tensor in tensors) < model_bytes(folder)[0] == (folder / "model.gguf").stat().st_size
+    written = gguf.gguf.GGUFReader(folder / "model.gguf").fields["general.file_type"]
+    assert gguf.gguf.LlamaFileType(int(written.parts[-1][0])).name == f"MOSTLY_{target.removeprefix('gguf-').upper()}"
+
+
+def test_a_recipe_mixes_types_as_llama_cpp_does() -> None:
+    config = AutoConfig.for_model("llama", **(SIZES | {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 2}))
+
+    def layers(target: str, part: str, type: str) -> list[int]:
+        found = (gguf.mixed(f"blk.{i}.{part}.weight", TARGETS[target], config) for i in range(32))
+        return [i for i, kind in enumerate(found) if kind == type]
+
+    more = [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert layers("gguf-q4_k_m", "ffn_down", "Q6_K") == layers("gguf-q4_k_m", "attn_v", "Q6_K") == more
+    assert layers("gguf-q4_k_m", "attn_q", "Q4_K") == list(range(32))
+    assert layers("gguf-q3_k_m", "ffn_down", "Q5_K") == layers("gguf-q3_k_m", "attn_v", "Q5_K") == [0, 1]
+    assert layers("gguf-q2_k", "attn_v", "Q4_K") == list(range(32)), "one value head serves four"
+    assert gguf.mixed("output.weight", TARGETS["gguf-q4_k_m"], config) == "Q4_K"
+
+
+def test_quantizers_of_llama_cpp_lose_what_their_bits_say() -> None:
+    values = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
+    for type, most in (("Q6_K", 0.02), ("Q5_K", 0.04), ("Q4_K", 0.08), ("Q3_K", 0.16), ("Q2_K", 0.3)):
+        read = gguf.gguf.quants.dequantize(quantize(values, type), gguf.gguf.GGMLQuantizationType[type])
+        assert 0.8 * most < np.linalg.norm(read - values) / np.linalg.norm(values) < most, type
+
+
+def test_a_library_without_quantizers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ggml._quantizer.cache_clear()
+    monkeypatch.setattr(ggml.ctypes, "CDLL", lambda _: object())
+    with pytest.raises(ValueError, match=r"does not show llama.cpp's quantizers, which K-quants are made by: install xllamacpp"):
+        quantize(np.zeros((1, 256), np.float32), "Q4_K")
+    ggml._quantizer.cache_clear()
 
 
 @pytest.mark.parametrize("target", ["gguf-q4_0", "gguf-tq2_0", "gguf-tq1_0", "gguf-q1_0"])

@@ -31,12 +31,12 @@ OWNERS = {
     "datasets": {"data.tasks"},
     "peft": {"train.lora"},
     "ctranslate2": {"train.deploy.ctranslate2"},
-    "gguf": {"train.deploy.gguf"},
+    "gguf": {"train.deploy.gguf", "train.deploy.ggml"},
     "onnxruntime": {"train.deploy.onnx_runtime"},
     "onnxruntime_genai": {"train.deploy.onnx_decoder"},
     "llmcompressor": {"train.deploy.compressed_tensors"},
     "compressed_tensors": {"train.deploy.compressed_tensors"},
-    "xllamacpp": {"train.deploy.llama_cpp"},
+    "xllamacpp": {"train.deploy.llama_cpp", "train.deploy.ggml"},
     "matplotlib": {"launch.report", "launch.plots"},
 }
 AUTO_OWNERS = {"train.models", "train.sources", "train.tokenization"}

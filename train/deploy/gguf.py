@@ -1,6 +1,7 @@
 """GGUF files for llama.cpp and what is built on it (Ollama, LM Studio): decoder-only models of the Llama and Qwen families.
 
-The only module that imports the library gguf to write. It has numpy's quantizers; the file is read here again tensor by tensor.
+The only module that imports the library gguf to write. It has numpy's quantizers, ggml.py the others; the file is read here again tensor
+by tensor.
 Names, permutation and metadata are those that llama.cpp reads; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.prompts import FORMAT_FILE, TextFormat
+from train.deploy.ggml import quantize
 from train.deploy.targets import GGUF_FILE, TOKENIZER, Sample, Stored, Target
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3
 """Of transformers' model types, the architectures whose tensors map one to one."""
 _HEAD = "Q8_0"
 """Of embeddings and head, where a target has fewer bits: they are read once a token, and a tied one is both."""
-_FALLBACK = {"TQ2_0": "Q4_0", "TQ1_0": "Q4_0", "Q1_0": "Q4_0"}
+_FALLBACK = {
+    **dict.fromkeys(("TQ2_0", "TQ1_0", "Q1_0", "Q2_K", "Q3_K"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 """Where a row is no multiple of the block; any other type falls back to F16."""
 _PRE_TOKENIZERS = {
     "smollm": ("Digits", "ByteLevel"),
@@ -48,7 +55,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     Args:
         source: a model folder of this project.
         out: the folder to make.
-        target: its type is one of gguf's quantizers, or F16.
+        target: its type is one of llama.cpp's.
         calibration: not read: these quantizers look at weights only.
 
     Raises:
@@ -72,7 +79,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     for name, values in _tensors(model, architecture):
-        kind = type_of(name, values.shape, target.type)
+        kind = type_of(name, values.shape, mixed(name, target, config))
         writer.add_tensor(name, _packed(values, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -101,6 +108,27 @@ def stored(folder: Path) -> list[Stored]:
     ]
 
 
+def mixed(name: str, target: Target, config: PreTrainedConfig) -> str:
+    """The type that llama.cpp's recipe of a target's name gives a matrix, where its rows allow it.
+
+    Source: `llama_tensor_get_type` of llama.cpp's src/llama-quant.cpp, without an importance matrix.
+    """
+    if not target.mixed_with or not name.startswith("blk."):
+        return target.type
+    layer, layers, part = int(name.split(".")[1]), config.num_hidden_layers, name.split(".")[2]
+    if target.type == "Q4_K":
+        ends = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        return "Q6_K" if part in ("attn_v", "ffn_down") and ends else "Q4_K"
+    if target.type == "Q3_K":
+        first = {"attn_v": 2, "ffn_down": layers // 16}
+        if part in first:
+            return "Q5_K" if layer < first[part] else "Q4_K"
+        return "Q4_K" if part == "attn_output" else "Q3_K"
+    if part == "attn_v" and config.num_attention_heads >= 4 * config.num_key_value_heads:
+        return "Q4_K"
+    return "Q3_K" if part in ("attn_v", "attn_output", "ffn_down") else "Q2_K"
+
+
 def type_of(name: str, shape: Sequence[int], type: str) -> str:
     """What a tensor is stored as where the target's type is `type`: vectors in F32, embeddings and head in no fewer than 8 bits."""
     if len(shape) == 1:
@@ -122,7 +150,9 @@ def modelfile(form: TextFormat) -> str:
 
 
 def _packed(values: NDArray[np.float32], type: str) -> Array:
-    """A tensor's blocks as bytes; gguf has no quantizer of its own for Q1_0."""
+    """A tensor's blocks as bytes; gguf has no quantizers of its own for K-quants and Q1_0."""
+    if type.endswith("_K"):
+        return quantize(values, type)
     if type != "Q1_0":
         packed: Array = gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
         return packed
@@ -157,7 +187,7 @@ def _describe(writer: Any, config: PreTrainedConfig, target: Target) -> None:
     writer.add_value_length(head_size)
     writer.add_rope_dimension_count(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{target.type}"]))
+    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{target.name.removeprefix('gguf-').upper()}"]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])

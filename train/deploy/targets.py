@@ -47,6 +47,8 @@ class Target:
     bits: float
     """Of a weight of a quantized matrix, by that name."""
     families: tuple[Family, ...]
+    mixed_with: tuple[str, ...] = ()
+    """Types that the format's own recipe of this name gives some of the matrices."""
 
     @property
     def runtime(self) -> RuntimeKind:
@@ -60,13 +62,13 @@ class Target:
 
     @property
     def holds_zeros(self) -> bool:
-        """A weight that pruning has set to zero is zero in the file: a single bit is plus or minus."""
+        """A weight that pruning has set to zero has a code at or near zero: a single bit is plus or minus."""
         return self.bits > 1
 
     @property
     def can_recover(self) -> bool:
-        """So few bits that training through the rounding pays."""
-        return self.bits <= MAX_RECOVERED_BITS
+        """So few bits that training through the rounding pays; a K-quant's scales are found by a search that is not repeated here."""
+        return self.bits <= MAX_RECOVERED_BITS and not self.mixed_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,11 @@ TARGETS: dict[str, Target] = {
             "q1_0": ("Q1_0", 1),
         },
     ),
+    # Bits by the definition of the type: a super-block of 256 weights has scales of its scales.
+    "gguf-q6_k": Target("gguf-q6_k", "gguf", "Q6_K", 6, _DECODERS),
+    "gguf-q4_k_m": Target("gguf-q4_k_m", "gguf", "Q4_K", 4.5, _DECODERS, ("Q6_K",)),
+    "gguf-q3_k_m": Target("gguf-q3_k_m", "gguf", "Q3_K", 3.4375, _DECODERS, ("Q4_K", "Q5_K")),
+    "gguf-q2_k": Target("gguf-q2_k", "gguf", "Q2_K", 2.625, _DECODERS, ("Q3_K", "Q4_K")),
     **_of("onnx", "onnx", _BOTH, {"float32": ("float32", 32), "int8": ("int8", 8), "int4": ("int4", 4)}),
     **_of(
         "compressed_tensors",
