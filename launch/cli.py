@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -206,6 +206,30 @@ def predict(
     inputs = [line.rstrip("\n") for line in sys.stdin] if text == ["-"] else text
     for line in answer(find_run(run, output), inputs, target):
         print(line)
+
+
+@app.command()
+@_told
+def bench(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")],
+    rung: Annotated[
+        list[str] | None, typer.Option(help="Only these, as the ladder names them; all that a model serves where left out.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, in turn; the table has medians.")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all that this process may use.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of where each was evaluated.")] = None,
+    output: Output = "runs",
+) -> None:
+    """Measure what serving a run's models takes here: load, latency, rates and memory, each in a fresh process."""
+    from rich.console import Console
+
+    from launch.bench import bench as measure
+    from launch.rundir import find_run
+
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device is {device}: give cpu or cuda")
+    where = cast(Literal["cpu", "cuda"] | None, device)
+    measure(find_run(run, output), rung or [], rounds=rounds, threads=threads, device=where, console=Console())
 
 
 @app.command()

@@ -27,7 +27,7 @@ from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, Task
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
 from train.deploy.targets import check_installed, target_of
-from train.evaluate import EvalRequest, command
+from train.evaluate import REQUEST, EvalRequest, command
 from train.signals import SIGNALS, STOPPED, handling
 from train.tracking import Tracker
 
@@ -271,7 +271,7 @@ def _deploy(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
 
 
 def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
-    request = stage.folder / "request.json"
+    request = stage.folder / REQUEST
     eval_request(stage, config, table).write(request)
     status = supervise(command(request), worker_environment(1, cpu_count(), config.launch.device))
     if status:

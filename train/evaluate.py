@@ -1,20 +1,18 @@
 """The evaluate stage: one rung of the ladder on the test split, in a fresh process, so that its memory is its own.
 
-    python -m train.evaluate REQUEST.json
+    python -m train.evaluate REQUEST.json [SERVING.json]
 
-The request is an `EvalRequest` in JSON. `answers.jsonl` and then `artifact.json` appear in its `out_folder`. A deployed model is served
-without torch in the process: nothing here imports it.
+The request is an `EvalRequest` in JSON. `answers.jsonl` and then `artifact.json` appear in its `out_folder`; with a second file nothing is
+scored, and what serving the model takes is written there. A deployed model is served without torch in the process: nothing here imports it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -23,16 +21,14 @@ from data.examples import TaskExample, read_examples
 from data.prompts import Part, label_of
 from train.artifacts import EvalResult, Records, write_json
 from train.progress import StageProgress
-from train.runtimes import Device, Runtime, RuntimeKind, answers, model_bytes, open_runtime
+from train.runtimes import Device, Runtime, RuntimeKind, answers, model_bytes
 from train.scoring import equal, parse_answer
+from train.serving import Serving, load, measure
 from train.told import status_of
 
 ANSWERS = "answers.jsonl"
-TIMED_BATCH_SIZES = (1, 32)
-TIMED_PROMPTS = 32
-"""Most prompts whose latency is measured."""
-TIMED_SECONDS = 20.0
-"""Timing at one batch size stops after this long, also before `timed_examples` are done: a slow teacher would take many minutes."""
+REQUEST = "request.json"
+"""Lies in the out_folder of what was evaluated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +92,9 @@ class Answer:
     label: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """What one user waits for, one prompt at a time; means over the timed prompts."""
-
-    first_token_seconds: float
-    """Until the first token is there: the prompt is read, and one token chosen."""
-    token_seconds: float | None
-    """Each token after it; None where no answer has a second one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What serving the model took; all None where none was run."""
-
-    device: str = "none"
-    load_seconds: float | None = None
-    examples_per_second: dict[str, float] | None = None
-    peak_memory_bytes: int | None = None
-    latency: Latency | None = None
-    notes: tuple[str, ...] = ()
-
-
-def command(path: Path) -> list[str]:
-    """The command line of a process that evaluates the request in the file `path`."""
-    return [sys.executable, "-m", "train.evaluate", str(path)]
+def command(path: Path, serving: Path | None = None) -> list[str]:
+    """The command line of a process that evaluates the request in the file `path`, or only writes what serving its model takes."""
+    return [sys.executable, "-m", "train.evaluate", str(path), *([str(serving)] if serving else [])]
 
 
 def run(request: EvalRequest) -> EvalResult:
@@ -185,92 +159,57 @@ def score(
     return lines
 
 
-def peak_resident_bytes() -> int:
-    """Most memory that this process has held, from the kernel."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # a system without /proc may still have it
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _from_model(request: EvalRequest, examples: Sequence[TaskExample]) -> tuple[list[Answer], Serving]:
     assert request.runtime != "records"
     assert request.model_folder is not None, "EvalRequest.read lets no such request pass"
-    runtime, load_seconds = _load(request, request.runtime, request.model_folder)
+    runtime, load_seconds = _load(request, request.runtime)
     inputs = [example.input for example in examples]
     with StageProgress(f"{request.rung}: answering", len(inputs), "items") as progress:
         texts = answers(
             runtime, inputs, request.part, batch_size=request.batch_size, max_new_tokens=request.max_new_tokens, advance=progress.advance
         )
-    return [Answer(text, label_of(text, request.part)) for text in texts], _measure(runtime, request, inputs, load_seconds)
+    return [Answer(text, label_of(text, request.part)) for text in texts], _measure(request, runtime, inputs, load_seconds)
 
 
 def _from_records(request: EvalRequest, examples: Sequence[TaskExample]) -> tuple[list[Answer], Serving]:
     """The answers that stand in the records; the teacher's model, where it is given, is only timed."""
     serving = Serving(notes=("the answers are the teacher's records; no model was run",))
     if request.model_folder is not None:
-        runtime, load_seconds = _load(request, "transformers", request.model_folder)
-        serving = _measure(runtime, request, [example.input for example in examples], load_seconds)
+        runtime, load_seconds = _load(request, "transformers")
+        serving = _measure(request, runtime, [example.input for example in examples], load_seconds)
         note = "the answers are the teacher's records; speed and memory are those of plain transformers"
         serving = replace(serving, notes=(*serving.notes, note))
     assert request.records_folder is not None
     return _recorded(Path(request.records_folder), examples), serving
 
 
-def _load(request: EvalRequest, kind: RuntimeKind, folder: str) -> tuple[Runtime, float]:
-    begin = time.perf_counter()
-    threads = request.threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-    runtime = open_runtime(kind, Path(folder), device=request.device, dtype=request.dtype, threads=threads)
-    return runtime, time.perf_counter() - begin
+def _load(request: EvalRequest, kind: RuntimeKind) -> tuple[Runtime, float]:
+    assert request.model_folder is not None, "EvalRequest.read lets no such request pass"
+    return load(kind, Path(request.model_folder), device=request.device, dtype=request.dtype, threads=request.threads)
 
 
-def _measure(runtime: Runtime, request: EvalRequest, inputs: Sequence[str], load_seconds: float) -> Serving:
-    """Times the loaded model, then reads the peak of its memory."""
-    timed = inputs[: request.timed_examples]
-    with StageProgress(f"{request.rung}: timing", len(timed) * len(TIMED_BATCH_SIZES), "items") as progress:
-        rates = {str(size): _rate(runtime, request, timed, size, progress) for size in TIMED_BATCH_SIZES}
-    latency = _latency(runtime, request, timed[:TIMED_PROMPTS])
-    if runtime.device == "cpu":
-        return Serving(runtime.device, load_seconds, rates, peak_resident_bytes(), latency)
-    peak = runtime.peak_device_bytes()
-    notes = () if peak is not None else ("peak memory is unknown: this engine does not tell how much GPU memory it holds",)
-    return Serving(runtime.device, load_seconds, rates, peak, latency, notes)
+def _measure(request: EvalRequest, runtime: Runtime, inputs: Sequence[str], load_seconds: float) -> Serving:
+    return measure(
+        runtime,
+        inputs[: request.timed_examples],
+        request.part,
+        max_new_tokens=request.max_new_tokens,
+        load_seconds=load_seconds,
+        title=f"{request.rung}: timing",
+    )
 
 
-def _latency(runtime: Runtime, request: EvalRequest, inputs: Sequence[str]) -> Latency:
-    first = rest = 0.0
-    tokens = done = 0
-    begin = time.perf_counter()
-    for text in inputs:
-        prompt = runtime.format.prompt_ids(request.part, text, runtime.encode)[0]
-        start = time.perf_counter()
-        runtime.answer([prompt], 1)
-        between = time.perf_counter()
-        written = runtime.answer([prompt], request.max_new_tokens)[0]
-        end = time.perf_counter()
-        first, rest, done = first + between - start, rest + (end - between) - (between - start), done + 1
-        tokens += min(len(written), request.max_new_tokens - 1)  # an end of sequence is computed, too
-        if end - begin > TIMED_SECONDS:
-            break
-    return Latency(first / done, max(0.0, rest) / tokens if tokens else None)
+def timed(request: EvalRequest) -> Serving:
+    """Only what serving the model of a request takes; nothing is written.
 
-
-def _rate(runtime: Runtime, request: EvalRequest, inputs: Sequence[str], batch_size: int, progress: StageProgress) -> float:
-    """Examples answered a second, tokenizing included; batches in the order of the test split, as a server would meet them."""
-    answer = partial(answers, runtime, part=request.part, batch_size=batch_size, max_new_tokens=request.max_new_tokens)
-    answer(inputs[:batch_size])  # warm-up
-    done, begin = 0, time.perf_counter()
-    while done < len(inputs) and time.perf_counter() - begin < TIMED_SECONDS:
-        batch = inputs[done : done + batch_size]
-        answer(batch)
-        done += len(batch)
-        progress.advance(len(batch))
-    return done / (time.perf_counter() - begin)
+    Raises:
+        ValueError: if an input is not what the request says.
+        RuntimeError: if the device or a file cannot be used.
+    """
+    if request.runtime == "records":
+        raise ValueError(f"{request.rung}: the answers are records, and no model serves them")
+    runtime, load_seconds = _load(request, request.runtime)
+    return _measure(request, runtime, [example.input for example in _test_split(Path(request.task_folder))], load_seconds)
 
 
 def _answered_by(request: EvalRequest) -> str:
@@ -310,10 +249,13 @@ def _write_answers(folder: Path, lines: Sequence[dict[str, str | bool | None]]) 
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluates the request named on the command line; the exit status. What a user can mend is told in one line."""
-    if len(arguments) != 1:
-        print("usage: python -m train.evaluate REQUEST.json", file=sys.stderr)
+    if len(arguments) not in (1, 2):
+        print("usage: python -m train.evaluate REQUEST.json [SERVING.json]", file=sys.stderr)
         return 2
-    return status_of(lambda: run(EvalRequest.read(Path(arguments[0]))))
+    paths = [Path(argument) for argument in arguments]
+    if len(paths) == 2:
+        return status_of(lambda: write_json(paths[1], asdict(timed(EvalRequest.read(paths[0])))))
+    return status_of(lambda: run(EvalRequest.read(paths[0])))
 
 
 if __name__ == "__main__":

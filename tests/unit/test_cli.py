@@ -47,6 +47,7 @@ COMMANDS = (
     "report",
     "compare",
     "predict",
+    "bench",
     "prune",
     "quantize",
     "doctor",

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-import train.evaluate
 from data.examples import TaskExample, write_examples
 from data.prompts import TextFormat
 from data.records import TeacherRecord
 from data.store import shard_path, write_shard
+from train import serving
 from train.artifacts import EvalResult, Records
-from train.evaluate import Answer, EvalRequest, command, main, peak_resident_bytes, run, score
+from train.evaluate import Answer, EvalRequest, command, main, run, score, timed
 from train.runtimes import TransformersRuntime, answers, model_bytes, open_runtime, pad, until
+from train.serving import peak_resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = [
@@ -165,7 +166,7 @@ def parrot(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         opened.update(settings, kind=kind, folder=folder, runtime=Parrot())
         return opened["runtime"]
 
-    monkeypatch.setattr(train.evaluate, "open_runtime", open_parrot)
+    monkeypatch.setattr(serving, "open_runtime", open_parrot)
     return opened
 
 
@@ -226,12 +227,25 @@ def test_timing_stops_when_its_time_is_over(
     request_: EvalRequest, parrot: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock that goes on by 1 s at each look: with 2 s, the second item ends the timing at batch 1."""
-    monkeypatch.setattr(train.evaluate, "TIMED_SECONDS", 2.0)
+    monkeypatch.setattr(serving, "TIMED_SECONDS", 2.0)
     clock = iter(range(1000))
-    monkeypatch.setattr(train.evaluate.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(serving.time, "perf_counter", lambda: float(next(clock)))
     result = run(replace(request_, model_folder=str(tmp_path)))
     assert result.examples_per_second == {"1": 1 / 3, "32": 3 / 2}
     assert [len(batch) for batch in parrot["runtime"].batches] == [1, 1, 3, 3, 1, 1]
+
+
+def test_a_model_is_timed_alone(request_: EvalRequest, parrot: dict[str, Any], tmp_path: Path) -> None:
+    asked = replace(request_, runtime="transformers", model_folder=str(tmp_path))
+    path, out = tmp_path / "request.json", tmp_path / "serving.json"
+    asked.write(path)
+    assert main([str(path), str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert set(found["examples_per_second"]) == {"1", "32"}
+    assert found["latency"]["first_token_seconds"] > 0
+    assert not (Path(asked.out_folder) / "answers.jsonl").exists()
+    with pytest.raises(ValueError, match="the answers are records, and no model serves them"):
+        timed(request_)
 
 
 def test_peak_memory_is_what_the_kernel_counts() -> None:
@@ -285,7 +299,7 @@ def test_a_request_that_does_not_fit_ends_in_one_line(
 def test_errors_of_the_request_and_of_its_inputs(request_: EvalRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "request.json"
     assert main([]) == 2
-    assert capsys.readouterr().err == "usage: python -m train.evaluate REQUEST.json\n"
+    assert capsys.readouterr().err == "usage: python -m train.evaluate REQUEST.json [SERVING.json]\n"
     assert main([str(path)]) == 1
     assert f"error: {path} is not an evaluation request: " in capsys.readouterr().err
     path.write_text('{"rung": "x"}')

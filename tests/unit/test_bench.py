@@ -1,0 +1,86 @@
+"""Rungs measured in turn, and what the table says of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.bench import bench
+from launch.rundir import write_stages
+from train.artifacts import EvalResult
+from train.evaluate import REQUEST, EvalRequest
+from train.serving import Latency, Serving
+
+RUNGS = {"teacher": "records", "step_by_step": "transformers", "gguf-q8_0": "llama_cpp"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of a recorded teacher, a student and a file, evaluated."""
+    stages = {}
+    for i, (rung, runtime) in enumerate(RUNGS.items()):
+        folder, model = tmp_path / f"evaluate.{rung}-0", tmp_path / f"model-{rung}"
+        model.mkdir()
+        (model / "model.safetensors").write_bytes(bytes(4000 if i == 1 else 1000))
+        EvalRequest(
+            rung=rung,
+            runtime=runtime,  # type: ignore[arg-type]
+            model_folder=str(model),
+            records_folder="records" if runtime == "records" else None,
+            task_folder="task",
+            metric="number",
+            part="predict",
+            max_new_tokens=4,
+            batch_size=2,
+            timed_examples=8,
+            out_folder=str(folder),
+        ).write(folder / REQUEST)
+        EvalResult(rung, runtime, 1, 1, 0, None, None, None, None, None, None, "cpu", None).write(folder)
+        stages[f"evaluate.{rung}"] = folder
+    write_stages(tmp_path, stages)
+    return tmp_path
+
+
+def test_rungs_are_measured_in_turn_and_told_by_their_medians(run: Path) -> None:
+    asked: list[tuple[str, int, str]] = []
+
+    def time(request: EvalRequest) -> Serving:
+        asked.append((request.rung, request.threads, request.device))
+        seconds = {"step_by_step": 0.08, "gguf-q8_0": 0.02}[request.rung] * (1 + len(asked) // 5)
+        return Serving("cpu", seconds, {"1": 1 / seconds, "32": 2 / seconds}, 10**9, Latency(seconds, seconds / 2))
+
+    console = Console(record=True, width=160, file=io.StringIO())
+    served = bench(run, [], rounds=3, threads=1, device="cpu", console=console, time=time)
+    assert asked == [("step_by_step", 1, "cpu"), ("gguf-q8_0", 1, "cpu")] * 3, "a recorded teacher serves nothing"
+    assert [row.first_token_seconds for row in served] == [0.08, 0.02]
+    assert [row.weight_bytes for row in served] == [4000, 1000]
+    rows = [" ".join(line.replace("│", " ").split()) for line in console.export_text().splitlines()]
+    # Six figures, and how they compare with transformers: 25 tokens a second after the first, 12.5 items at batch 1.
+    assert "step_by_step transformers 0.0 MB 0.08 s 80.0 ms 25.0 12.50 25.00 1.00 GB" in rows
+    assert "gguf-q8_0 llama_cpp 0.0 MB (25 %) 0.02 s 20.0 ms 100.0 (4.0 x) 50.00 (4.0 x) 100.00 (4.0 x) 1.00 GB" in rows
+    written = json.loads((run / "bench.json").read_text())
+    assert written["threads"] == 1
+    assert [row["rung"] for row in written["rungs"]] == ["step_by_step", "gguf-q8_0"]
+
+
+def test_only_the_rungs_that_are_named(run: Path) -> None:
+    serving = Serving("cpu", 1.0, {"1": 1.0, "32": 1.0}, None, Latency(0.5, None))
+    served = bench(run, ["gguf-q8_0"], rounds=1, threads=0, device=None, console=Console(quiet=True), time=lambda _: serving)
+    assert [(row.rung, row.token_seconds, row.peak_memory_bytes) for row in served] == [("gguf-q8_0", None, None)]
+
+
+def test_what_cannot_be_measured_is_told(run: Path, tmp_path: Path) -> None:
+    quiet = Console(quiet=True)
+    with pytest.raises(ValueError, match=r"--rung is gguf-q4_0, but .* has step_by_step, gguf-q8_0"):
+        bench(run, ["gguf-q4_0"], rounds=1, threads=0, device=None, console=quiet)
+    with pytest.raises(RuntimeError, match=r"step_by_step: .*task.* does not exist|step_by_step: .*stepdown.json"):
+        bench(run, ["step_by_step"], rounds=1, threads=0, device=None, console=quiet)
+    assert not list(run.glob(".bench-*"))
+    (tmp_path / "empty").mkdir()
+    write_stages(tmp_path / "empty", {})
+    with pytest.raises(ValueError, match="has no evaluated model yet: run `stepdown run`"):
+        bench(tmp_path / "empty", [], rounds=1, threads=0, device=None, console=quiet)
