@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.hardware import cpu_count
 from launch.local import worker_environment
@@ -22,6 +23,17 @@ from train.runtimes import Device, model_bytes
 from train.serving import Latency, Serving
 
 RESULT = "bench.json"
+_WEIGHTS = "Weights\nMB"
+_COLUMNS = {
+    _WEIGHTS: 1,
+    "Load\ns": 2,
+    "1st token\nms": 1,
+    "then\ntokens/s": 1,
+    "batch 1\nitems/s": 2,
+    "batch 32\nitems/s": 2,
+    "Memory\nMB": 0,
+}
+"""With the digits after the point."""
 Time = Callable[[EvalRequest], Serving]
 
 
@@ -130,29 +142,34 @@ def _served(request: EvalRequest, found: Sequence[Serving]) -> Served:
 
 
 def _table(served: Sequence[Served]) -> Table:
-    """Times are those of the student in transformers, the last such rung before the first file."""
+    """In parentheses, how it compares with the last rung that transformers serves: the student in fp32, of which the files are made."""
     base = next((row for row in reversed(served) if row.runtime == "transformers"), None)
-    table = Table("Rung", "Runtime", "Weights", "Load", "First token", "Tokens/s after it", "Items/s batch 1", "batch 32", "Peak memory")
+    table = Table(Column("Rung", overflow="fold"), *_COLUMNS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
     for row in served:
-        rate = None if not row.token_seconds else 1 / row.token_seconds
-        before = None if base is None or not base.token_seconds else 1 / base.token_seconds
-        cells = [
-            f"{row.weight_bytes / 1e6:.1f} MB" + _times(row.weight_bytes, base.weight_bytes if base else None, of=True),
-            f"{row.load_seconds:.2f} s",
-            f"{1000 * row.first_token_seconds:.1f} ms",
-            "-" if rate is None else f"{rate:.1f}" + _times(rate, before),
-            *(
-                f"{row.examples_per_second[size]:.2f}"
-                + _times(row.examples_per_second[size], base.examples_per_second[size] if base else None)
-                for size in ("1", "32")
-            ),
-            "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e9:.2f} GB",
-        ]
-        table.add_row(row.rung, row.runtime, *cells)
+        before = dict.fromkeys(_COLUMNS) if base is None or base is row else dict(zip(_COLUMNS, _figures(base), strict=True))
+        cells = [_told(name, value, before[name]) for name, value in zip(_COLUMNS, _figures(row), strict=True)]
+        table.add_row(row.rung, *cells)
     return table
 
 
-def _times(value: float, base: float | None, *, of: bool = False) -> str:
-    if not base or value == base:
-        return ""
-    return f" ({100 * value / base:.0f} %)" if of else f" ({value / base:.1f} x)"
+def _figures(row: Served) -> list[float | None]:
+    """In the order of the columns."""
+    return [
+        row.weight_bytes / 1e6,
+        row.load_seconds,
+        1000 * row.first_token_seconds,
+        1 / row.token_seconds if row.token_seconds else None,
+        *(row.examples_per_second[size] for size in ("1", "32")),
+        row.peak_memory_bytes / 1e6 if row.peak_memory_bytes else None,
+    ]
+
+
+def _told(column: str, value: float | None, base: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:,.{_COLUMNS[column]}f}"
+    if not base:
+        return text
+    return f"{text}\n({value / base:.1%})" if column == _WEIGHTS else f"{text}\n({value / base:.2g}x)"
