@@ -333,10 +333,11 @@ def told(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(path: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], whole: float) -> None:
     """Accuracy against the fraction, a panel for each method."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(way.method for way in WAYS))
-    figure = Figure(figsize=(2.4 * len(methods), 2.6), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(methods), 2.8), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True)
     for panel, method in zip(panels, methods, strict=True):
         for recovery, mark in (("none", "o"), ("labels", "s"), ("distilled", "^")):
@@ -349,8 +350,9 @@ def plot(path: Path, lines: Mapping[str, Mapping[float, Sequence[float]]], whole
         panel.set_title(method)
         panel.set_xlabel("taken out, %")
     panels[0].set_ylabel("CQA test accuracy, %")
-    panels[0].legend()
-    figure.savefig(path)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pruning"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def parsed() -> argparse.Namespace:
