@@ -10,12 +10,11 @@ from rich.table import Table
 
 from launch.config import Config
 from launch.hardware import GPUS, DetectedGpu, detect, memory_bytes
+from launch.parameters import parameters_of, parse_parameters
 from launch.plan import (
     StudentPlan,
     TeacherPlan,
     cpu_teacher_plan,
-    parameters_of,
-    parse_parameters,
     student_plan,
     teacher_plan,
     weight_bytes,

@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.parameters import count_parameters, parameters_of, parse_parameters
 from launch.plan import (
     StudentPlan,
-    count_parameters,
     cpu_teacher_plan,
     fewest_gpus,
-    parameters_of,
-    parse_parameters,
     student_plan,
     teacher_plan,
     weight_bytes,
@@ -50,6 +48,13 @@ BUILT = {
     "qwen2": ("qwen2", LLAMA),
     "qwen2, tied": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", LLAMA),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 5}),
+    "mixtral, tied": ("mixtral", {**LLAMA, "num_local_experts": 3, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**LLAMA, "head_dim": 10}),
+    "gemma2, its heads as wide as they are by default": ("gemma2", LLAMA),
+    "gemma3": ("gemma3_text", {**LLAMA, "head_dim": 10, "attention_bias": True}),
+    "gemma3, untied": ("gemma3_text", {**LLAMA, "tie_word_embeddings": False}),
+    "phi3": ("phi3", {**LLAMA, "pad_token_id": 1}),
     "qwen3, tied, with biases": ("qwen3", {**LLAMA, "head_dim": 12, "tie_word_embeddings": True, "attention_bias": True}),
 }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from launch import planning
 from launch.config import Config, validate
 from launch.hardware import DetectedGpu
-from launch.plan import parameters_of
+from launch.parameters import parameters_of
 from launch.planning import RunPlan, plan_run, render
 from train.config import ScratchModel
 
