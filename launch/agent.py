@@ -10,7 +10,6 @@ SIGTERM and SIGUSR1 are passed on to the workers, and the agent waits: a trainin
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -21,28 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from train.signals import SIGNALS, STOPPED
+from train.signals import SIGNALS, STOPPED, die_with_parent
 
-_PR_SET_PDEATHSIG = 1
-PARENT = "STEPDOWN_PARENT_PID"
 _CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 _SAME_REQUEST_SECONDS = 2.0
 """A signal to a whole group of processes comes here twice: by itself, and passed on by the command that started this one."""
-
-
-def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent ends; elsewhere it does nothing.
-
-    A parent that ended before this call sends no signal any more: it is known by its number, which every generation hands down.
-    """
-    # Ctrl-C ends it at once and without a traceback: nothing is lost that a kill would not lose.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = os.environ.get(PARENT)
-    if parent is not None and os.getppid() != int(parent):
-        sys.exit(1)
-    os.environ[PARENT] = str(os.getpid())
 
 
 class Relay:

@@ -18,7 +18,6 @@ from rich.markup import escape
 
 from data.prompts import TextFormat
 from data.tasks import prepare
-from launch.agent import PARENT
 from launch.config import Config
 from launch.hardware import cpu_count, detect
 from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, deployed_from, made_by, stages, task_stage
@@ -28,7 +27,7 @@ from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
 from train.deploy.targets import check_installed, target_of
 from train.evaluate import REQUEST, EvalRequest, command
-from train.signals import SIGNALS, STOPPED, handling
+from train.signals import PARENT, SIGNALS, STOPPED, handling
 from train.tracking import Tracker
 
 

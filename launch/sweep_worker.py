@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.tasks import read_task
-from launch.agent import die_with_parent
 from launch.config import RESOLVED, Config, load_config
 from launch.pipeline import TASK, stages, task_stage
 from launch.rundir import writing
@@ -25,7 +24,7 @@ from launch.sweep_plan import SweepPlan
 from launch.worker import student_inputs
 from train.artifacts import TaskFiles
 from train.progress import StageProgress
-from train.signals import STOPPED, Stopped
+from train.signals import STOPPED, Stopped, die_with_parent
 from train.student.results import Trial, TrialResult
 from train.tracking import Tracker
 

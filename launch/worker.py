@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data.tasks import Task, read_task
-from launch.agent import die_with_parent
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
 from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
@@ -23,7 +22,7 @@ from launch.rundir import locked, run_folder, writing
 from train.artifacts import Artifact, Checkpoint, TaskFiles
 from train.config import Arm
 from train.deploy.targets import TARGETS, check_possible, module_of
-from train.signals import STOPPED, Stopped
+from train.signals import STOPPED, Stopped, die_with_parent
 from train.tracking import Tracker
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from train.progress import StageProgress
 from train.runtimes import Device, Runtime, RuntimeKind, answers, model_bytes
 from train.scoring import equal, parse_answer
 from train.serving import Serving, load, measure
+from train.signals import die_with_parent
 from train.told import status_of
 
 ANSWERS = "answers.jsonl"
@@ -259,4 +260,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

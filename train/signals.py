@@ -1,8 +1,14 @@
-"""How a process is asked to stop in order: SIGTERM and SIGUSR1, which Slurm sends before it takes a node back. Imports no torch."""
+"""How a process is asked to stop in order, and how none outlives the process that started it. Imports no torch.
+
+SIGTERM and SIGUSR1 ask: Slurm sends them before it takes a node back.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +18,10 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75
 """Exit status of what was asked to stop and goes on when it is started again: EX_TEMPFAIL of sysexits.h."""
+
+PARENT = "STEPDOWN_PARENT_PID"
+"""The environment variable by which a process knows its parent's number."""
+_PR_SET_PDEATHSIG = 1
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -53,3 +63,18 @@ def catching() -> Iterator[Request]:
 
     with handling(note):
         yield request
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent ends; elsewhere it does nothing.
+
+    A parent that ended before this call sends no signal any more: it is known by its number, which every generation hands down.
+    """
+    # Ctrl-C ends it at once and without a traceback: nothing is lost that a kill would not lose.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.environ.get(PARENT)
+    if parent is not None and os.getppid() != int(parent):
+        sys.exit(1)
+    os.environ[PARENT] = str(os.getpid())

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from data.prompts import TextFormat
 from launch import local
-from launch.agent import PARENT
 from launch.config import Config, validate
 from launch.hardware import DetectedGpu
 from launch.local import check_all_made, eval_request, made, num_processes, run_pipeline, worker_command, worker_environment
@@ -25,6 +24,7 @@ from launch.rundir import locked, run_folder
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy import targets
 from train.evaluate import EvalRequest
+from train.signals import PARENT
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"from_scratch": "t5", "d_model": 16, "layers": 1, "heads": 2}
@@ -327,7 +327,7 @@ def test_a_missing_library_is_told_before_anything_is_trained(tmp_path: Path, mo
 TREE = """
 import subprocess, sys
 from pathlib import Path
-from launch.agent import die_with_parent
+from train.signals import die_with_parent
 generation, folder = int(sys.argv[1]), Path(sys.argv[2])
 if generation:
     die_with_parent()
@@ -375,8 +375,17 @@ def test_a_tree_of_processes_in_sessions_of_their_own_dies_with_its_parent(tmp_p
                 os.kill(int(file.read_text()), signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    "module", ["train.evaluate", "train.deploy.stage", "train.deploy.verify", "train.deploy.command", "train.pruning.command"]
+)
+def test_no_process_of_a_stage_outlives_the_command(module: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), PARENT: "1"}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", ""), "it would have told its usage"
+
+
 def test_a_process_whose_parent_is_gone_already_ends() -> None:
-    command = [sys.executable, "-c", "from launch.agent import die_with_parent; die_with_parent(); print('runs')"]
+    command = [sys.executable, "-c", "from train.signals import die_with_parent; die_with_parent(); print('runs')"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     orphan = subprocess.run(command, env={**environment, PARENT: "1"}, capture_output=True, text=True, check=False)
     child = subprocess.run(command, env={**environment, PARENT: str(os.getpid())}, capture_output=True, text=True, check=False)

@@ -21,6 +21,7 @@ from train.deploy.targets import GGUF_FILE, TARGETS, Sample
 from train.models import family_of, load_model, save_model
 from train.progress import StageProgress
 from train.runtimes import TransformersRuntime
+from train.signals import die_with_parent
 from train.tokenization import load_tokenizer, text_format
 from train.told import status_of
 
@@ -93,4 +94,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

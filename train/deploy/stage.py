@@ -28,6 +28,7 @@ from train.deploy.request import DeployRequest
 from train.deploy.targets import TARGETS, Sample, Target, check_possible, module_of
 from train.deploy.verify import Probe, Verified, VerifyRequest, command
 from train.runtimes import TransformersRuntime, model_bytes
+from train.signals import die_with_parent
 from train.told import status_of
 
 MODEL = "model"
@@ -194,4 +195,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

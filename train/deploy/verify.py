@@ -20,6 +20,7 @@ from typing import Self
 from train.artifacts import Request, write_json
 from train.deploy.targets import SLACK_BITS, TARGETS, Stored, Target, module_of
 from train.runtimes import Runtime, open_runtime
+from train.signals import die_with_parent
 from train.told import status_of
 
 FLOOR = -10.0
@@ -223,4 +224,5 @@ def command(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(status_of(lambda: run(VerifyRequest.read(Path(sys.argv[1])))))

@@ -25,6 +25,7 @@ from train.progress import StageProgress
 from train.pruning.once import mean_loss, prunable, prune
 from train.pruning.requests import MEASURED, Pruned, PruneRequest, Scan
 from train.pruning.sizes import file_sizes, sparsities
+from train.signals import die_with_parent
 from train.sources import quiet
 from train.tokenization import load_tokenizer, save_tokenizer
 from train.told import status_of
@@ -117,4 +118,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))
