@@ -20,12 +20,13 @@ from data.prompts import TextFormat
 from data.tasks import prepare
 from launch.config import Config
 from launch.hardware import cpu_count, detect
+from launch.parameters import family_of
 from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, deployed_from, made_by, stages, task_stage
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
-from train.deploy.targets import check_installed, target_of
+from train.deploy.targets import check_installed, check_possible, target_of
 from train.evaluate import REQUEST, EvalRequest, command
 from train.signals import PARENT, SIGNALS, STOPPED, handling
 from train.tracking import Tracker
@@ -68,7 +69,7 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         if not any(stage.kind == until for stage in table.values()):
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
-        _check_libraries(wanted)
+        _check_targets(config, wanted)
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
         missing = [s for s in wanted if s.place == "worker" and not s.is_done]
         before = {s.name for s in wanted if s.is_done}
@@ -86,12 +87,17 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
     return finished
 
 
-def _check_libraries(wanted: Sequence[Stage]) -> None:
-    """Before a student is trained for hours, that what its files need is installed."""
+def _check_targets(config: Config, wanted: Sequence[Stage]) -> None:
+    """Before a student is trained for hours, that its files can be made: of its family, as far as that is known, and here."""
+    family = family_of(config.student.model, config.teacher.model)
     for stage in wanted:
         target = target_of(stage.detail) if stage.kind == "deploy" and not stage.is_done else None
-        if target is not None:
+        if target is None:
+            continue
+        if family is None:
             check_installed(target)
+        else:
+            check_possible(target, family)
 
 
 def check_all_made(finished: Sequence[Finished]) -> None:

@@ -9,7 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from train.config import CutModel, ScratchModel
+from train.artifacts import Family
+from train.config import CutModel, ModelSource, ScratchModel
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _RELATIVE_BUCKETS = 32
@@ -125,6 +126,20 @@ def parameters_of(
     if isinstance(model, CutModel):
         config = _cut(config, model)
     return count_parameters(config)
+
+
+def family_of(model: ModelSource, teacher: ModelSource | None) -> Family | None:
+    """Of a model as the configuration names it, without loading it; None where only its files would tell.
+
+    Args:
+        model: what stands under `model`.
+        teacher: the model that a `{cut_from: teacher}` is cut from.
+    """
+    config = _config_of(teacher if isinstance(model, CutModel) else model, vocabulary=1)
+    if config is None:
+        return None
+    both = config.get("is_encoder_decoder", config.get("model_type") in ("t5", "mt5"))
+    return "encoder_decoder" if both else "decoder_only"
 
 
 def _cut(config: Mapping[str, Any], model: CutModel) -> dict[str, Any]:

