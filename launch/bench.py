@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,7 +17,8 @@ from rich.table import Column, Table
 
 from launch.hardware import cpu_count
 from launch.local import worker_environment
-from launch.rundir import read_stages
+from launch.pipeline import PRUNED, TASK
+from launch.rundir import locked, read_stages
 from train.artifacts import ARTIFACT, write_json
 from train.evaluate import REQUEST, EvalRequest, command
 from train.progress import StageProgress
@@ -56,7 +59,7 @@ class Served:
 
 
 def bench(
-    folder: Path, rungs: Sequence[str], *, rounds: int, threads: int, device: Device | None, console: Console, time: Time | None = None
+    folder: Path, rungs: Sequence[str], *, rounds: int, threads: int, device: Device, console: Console, time: Time | None = None
 ) -> list[Served]:
     """Measures, prints a table, and writes `bench.json` into the run's folder.
 
@@ -64,61 +67,75 @@ def bench(
         folder: of the run.
         rungs: which; all that a model serves where empty.
         rounds: how often each is measured; odd numbers have a median of their own.
-        threads: of the CPU; 0: all that this process may use.
-        device: instead of the one of each evaluation.
+        threads: of the CPU; 0: OMP_NUM_THREADS, or all that this process may use.
+        device: where; cuda is auto for the runtimes that are mostly built for CPUs.
         console: gets the table.
         time: measures one; a fresh process where left out.
 
     Raises:
         ValueError: if the run has no such rung, or none that a model serves.
-        RuntimeError: if a rung could not be served.
+        RuntimeError: if a rung could not be served (the others are told and written), or something else writes to this run.
     """
-    requests = {name: request for name, request in _requests(folder).items() if request.runtime != "records"}
+    requests = _requests(folder)
     if not requests:
         raise ValueError(f"{folder} has no evaluated model yet: run `stepdown run` with its configuration first")
     for rung in rungs:
         if rung not in requests:
-            raise ValueError(f"--rung is {rung}, but {folder} has {', '.join(requests)}")
-    chosen = {name: requests[name] for name in rungs or requests}
+            raise ValueError(f"--rung is {rung}, but {folder} has {', '.join(requests)} (a teacher's records are not served)")
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or cpu_count())
+    chosen = {name: request for name, request in requests.items() if name in (rungs or requests)}
     found: dict[str, list[Serving]] = {name: [] for name in chosen}
-    with StageProgress("bench", rounds * len(chosen), "measurements") as progress:
+    lost: dict[str, str] = {}
+    with locked(folder), StageProgress("bench", rounds * len(chosen), "measurements") as progress:
         for _ in range(rounds):
             for name, request in chosen.items():
-                asked = replace(request, threads=threads, device=device or request.device)
-                found[name].append((time or _in_a_process(folder))(asked))
+                if name in lost:
+                    continue
+                where = "auto" if device == "cuda" and request.runtime in ("llama_cpp", "onnx") else device
+                try:
+                    found[name].append((time or _in_a_process)(replace(request, threads=threads, device=where)))
+                except RuntimeError as error:
+                    lost[name] = str(error)
                 progress.advance(1, name)
-    served = [_served(chosen[name], of) for name, of in found.items()]
-    write_json(folder / RESULT, {"threads": threads or cpu_count(), "rungs": [asdict(row) for row in served]})
-    console.print(_table(served))
-    console.print(f"medians of {rounds} rounds, {threads or 'all'} CPU threads; in JSON: {folder / RESULT}", soft_wrap=True)
+        served = [_served(chosen[name], of) for name, of in found.items() if name not in lost]
+        write_json(folder / RESULT, {"threads": threads, "rungs": [asdict(row) for row in served]})
+    base = next((name for name, request in reversed(requests.items()) if request.runtime == "transformers"), None)
+    console.print(_table(served, next((row for row in served if row.rung == base), None)))
+    places = ", ".join(f"{place}: {' '.join(row.rung for row in served if row.device == place)}" for place in {r.device: 0 for r in served})
+    console.print(f"medians of {rounds} rounds, {threads} CPU threads; {places}; in JSON: {folder / RESULT}", soft_wrap=True)
+    if lost:
+        raise RuntimeError("; ".join(lost.values()))
     return served
 
 
 def _requests(folder: Path) -> dict[str, EvalRequest]:
-    stages = {name: path for name, path in read_stages(folder).items() if name.startswith("evaluate.") and (path / ARTIFACT).is_file()}
-    found = {name.partition(".")[2]: path / REQUEST for name, path in stages.items()}
-    return {rung: EvalRequest.read(path) for rung, path in found.items() if path.is_file()}
+    """How each rung that a model serves was evaluated, in the order of the ladder, with paths as they are now."""
+    stages = read_stages(folder)
+    made: dict[str, EvalRequest] = {}
+    for name, place in stages.items():
+        rung = name.partition(".")[2]
+        if not name.startswith("evaluate.") or not (place / ARTIFACT).is_file() or not (place / REQUEST).is_file():
+            continue
+        request = EvalRequest.read(place / REQUEST)
+        model = stages.get(f"deploy.{rung}") or (stages["prune"] if rung == PRUNED else stages.get(f"train.{rung}"))
+        if model is not None and request.runtime != "records":
+            made[rung] = replace(request, model_folder=str(model / "model"), task_folder=str(stages[TASK]))
+    return made
 
 
-def _in_a_process(folder: Path) -> Time:
-    request_path, out = folder / ".bench-request.json", folder / ".bench-serving.json"
-
-    def time(request: EvalRequest) -> Serving:
-        request.write(request_path)
-        try:
-            fixed = {"OMP_NUM_THREADS": str(request.threads)} if request.threads else {}
-            environment = worker_environment(1, cpu_count(), request.device) | fixed
-            done = subprocess.run(command(request_path, out), stderr=subprocess.PIPE, text=True, check=False, env=environment)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
-                raise RuntimeError(f"{request.rung}: {lines[-1].removeprefix('error: ')}")
-            values = json.loads(out.read_text())
-        finally:
-            request_path.unlink(missing_ok=True)
-            out.unlink(missing_ok=True)
-        return Serving(**{**values, "latency": Latency(**values["latency"]), "notes": tuple(values["notes"])})
-
-    return time
+def _in_a_process(request: EvalRequest) -> Serving:
+    with TemporaryDirectory() as place:
+        asked, out = Path(place) / REQUEST, Path(place) / "serving.json"
+        request.write(asked)
+        environment = worker_environment(1, cpu_count(), request.device) | {"OMP_NUM_THREADS": str(request.threads)}
+        done = subprocess.run(command(asked, out), stderr=subprocess.PIPE, text=True, check=False, env=environment)
+        if done.returncode < 0:
+            raise RuntimeError(f"{request.rung}: its process was ended by signal {-done.returncode}; often the memory is used up")
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
+            raise RuntimeError(f"{request.rung}: {lines[-1].removeprefix('error: ')}")
+        values = json.loads(out.read_text())
+    return Serving(**{**values, "latency": Latency(**values["latency"]), "notes": tuple(values["notes"])})
 
 
 def _served(request: EvalRequest, found: Sequence[Serving]) -> Served:
@@ -141,14 +158,14 @@ def _served(request: EvalRequest, found: Sequence[Serving]) -> Served:
     )
 
 
-def _table(served: Sequence[Served]) -> Table:
-    """In parentheses, how it compares with the last rung that transformers serves: the student in fp32, of which the files are made."""
-    base = next((row for row in reversed(served) if row.runtime == "transformers"), None)
+def _table(served: Sequence[Served], base: Served | None) -> Table:
+    """In parentheses, how a rung compares with `base` where both ran on the same kind of device."""
     table = Table(Column("Rung", overflow="fold"), *_COLUMNS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for row in served:
-        before = dict.fromkeys(_COLUMNS) if base is None or base is row else dict(zip(_COLUMNS, _figures(base), strict=True))
+        is_compared = base is not None and base is not row and base.device == row.device
+        before = dict(zip(_COLUMNS, _figures(base), strict=True)) if base is not None and is_compared else dict.fromkeys(_COLUMNS)
         cells = [_told(name, value, before[name]) for name, value in zip(_COLUMNS, _figures(row), strict=True)]
         table.add_row(row.rung, *cells)
     return table
@@ -172,4 +189,5 @@ def _told(column: str, value: float | None, base: float | None) -> str:
     text = f"{value:,.{_COLUMNS[column]}f}"
     if not base:
         return text
-    return f"{text}\n({value / base:.1%})" if column == _WEIGHTS else f"{text}\n({value / base:.2g}x)"
+    times = value / base
+    return f"{text}\n({times:.1%})" if column == _WEIGHTS else f"{text}\n({times:{'.0f' if times >= 10 else '.2g'}}x)"

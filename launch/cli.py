@@ -105,20 +105,31 @@ _until("evaluate", "Measure every rung on the test split, after all that it need
 @app.command()
 @_told
 def plan(
-    config: ConfigPath,
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="The YAML file of the run; with --rule a model: folder, config.json or hub id.")
+    ] = None,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="Plan for this GPU in place of what is here: A100-80, H100, L4, ...")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them on a node.")] = None,
     params: Annotated[str | None, typer.Option(help="Size of the teacher where the configuration does not tell: 70B, 175B, ...")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Count one model as a public estimator does: simple, accelerate or deepspeed; by --params without one."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say how much memory teacher and student need, and how they would be sharded."""
     from rich.console import Console
 
     from launch.config import load_config
-    from launch.planning import plan_run, render
+    from launch.planning import plan_run, render, render_estimates, rule_of, size_of
 
-    made = plan_run(load_config(config, overrides or ()), gpu=gpu, gpus=gpus, params=params)
+    if rule is not None:
+        render_estimates(*size_of(config, params), rule_of(rule), Console(), gpu=gpu, as_json=as_json)
+        return
+    if config is None or not config.endswith((".yaml", ".yml")):
+        raise ValueError("CONFIG is a YAML file; one model by itself is counted with --rule simple, accelerate or deepspeed")
+    made = plan_run(load_config(Path(config), overrides or ()), gpu=gpu, gpus=gpus, params=params)
     render(made, Console(), as_json=as_json)
 
 
@@ -217,7 +228,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, in turn; the table has medians.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all that this process may use.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda, instead of where each was evaluated.")] = None,
+    device: Annotated[str, typer.Option(help="auto: a GPU where there is one and the runtime takes it; cpu; cuda.")] = "auto",
     output: Output = "runs",
 ) -> None:
     """Measure what serving a run's models takes here: load, latency, rates and memory, each in a fresh process."""
@@ -226,9 +237,9 @@ def bench(
     from launch.bench import bench as measure
     from launch.rundir import find_run
 
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device is {device}: give cpu or cuda")
-    where = cast(Literal["cpu", "cuda"] | None, device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {device}: give auto, cpu or cuda")
+    where = cast(Literal["auto", "cpu", "cuda"], device)
     measure(find_run(run, output), rung or [], rounds=rounds, threads=threads, device=where, console=Console())
 
 

@@ -105,8 +105,8 @@ class Config(Section):
         if not any(TARGETS[target].can_recover for target in targets):
             few = ", ".join(name for name, target in TARGETS.items() if target.can_recover)
             raise ValueError(
-                f"deploy.recover has no effect on deploy.targets {', '.join(targets)}, which have more than {MAX_RECOVERED_BITS} bits: add "
-                f"one of {few}, or remove it"
+                f"deploy.recover has no effect on deploy.targets {', '.join(targets)}, which have more than {MAX_RECOVERED_BITS} bits or "
+                f"are K-quants: add one of {few}, or remove it"
             )
         if recover.loss and recover.loss.soft and recover.loss.teacher == "records" and self.teacher.soft_labels is None:
             raise ValueError(
@@ -122,8 +122,8 @@ class Config(Section):
             lost = [name for name in self.deploy.targets if not TARGETS[name].holds_zeros]
             if lost:
                 raise ValueError(
-                    f"deploy.targets holds {lost[0]}, where a weight is plus or minus a scale, but student.prune.method is {prune.method}, "
-                    "which sets weights to 0: use gguf-tq1_0, which has a code for 0, or prune neurons, heads or layers"
+                    f"deploy.targets holds {lost[0]}, whose codes have no 0, but student.prune.method is {prune.method}, which sets "
+                    "weights to 0: use gguf-tq1_0 or gguf-q3_k_m, which have one, or prune neurons, heads or layers"
                 )
         return self
 

@@ -633,8 +633,8 @@ class DeployConfig(Section):
     )
     recover: RecoverConfig | None = Field(
         None,
-        description="Train the weights of each target of 4 bits or fewer with the rounding in the loop: the file made of them, "
-        "TARGET-recovered, is a rung beside the one that is only rounded.",
+        description="Train the weights of each target of 4 bits or fewer, but K-quants, with the rounding in the loop: the file made of "
+        "them, TARGET-recovered, is a rung beside the one that is only rounded.",
     )
     license: str | None = Field(None, description="SPDX id of the licence of what you ship, for its model card: apache-2.0, mit, ...")
 

@@ -107,7 +107,7 @@ class Grid:
 # files hold, and other codes with them.
 @torch.library.custom_op("stepdown::rounded", mutates_args=())
 def _rounded(weight: Tensor, kind: str, bits: int, group: int, scale_type: torch.dtype) -> Tensor:
-    return Grid(cast(Kind, kind), bits, group, scale_type).rounded(weight)
+    return Grid(cast(Kind, kind), bits, group, scale_type).rounded(weight).contiguous()  # of a row that was filled up it is a view
 
 
 @_rounded.register_fake

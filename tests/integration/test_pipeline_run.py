@@ -201,3 +201,13 @@ def test_two_processes_run_the_whole_pipeline(tmp_path: Path, tiny: dict[str, An
     assert "ctranslate2-int8" in output
     records = json.loads((read_stages(tmp_path / "runs" / "tiny")["teach"] / "artifact.json").read_text())
     assert (records["sharding"], records["processes"], records["rows"]) == ("zero3", 2, {"train": 300, "test": 32})
+
+
+def test_serving_is_measured_from_another_place_after_the_run_was_moved(finished: Path, tmp_path: Path, start: Start) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "moved")
+    output = output_of(start(tmp_path, "bench", str(tmp_path / "moved" / "tiny"), "--rung", RUNGS[-1], "--rounds", "1", "--threads", "1"))
+    assert "medians of 1 rounds, 1 CPU threads" in output
+    [row] = json.loads((tmp_path / "moved" / "tiny" / "bench.json").read_text())["rungs"]
+    assert row["rung"] == RUNGS[-1]
+    assert row["examples_per_second"]["32"] > 0 < row["first_token_seconds"]
+    assert not (finished / "runs" / "tiny" / "bench.json").exists()

@@ -177,8 +177,9 @@ HUB = "OWNER/teacher"
         (
             RECORDED,
             {"deploy": {"targets": ["gguf-q8_0"], "recover": {"epochs": 2}}},
-            "deploy.recover has no effect on deploy.targets gguf-q8_0, which have more than 4 bits: add one of gguf-q4_0, gguf-tq2_0, "
-            "gguf-tq1_0, gguf-q1_0, onnx-int4, compressed-tensors-w4a16, compressed-tensors-w3a16, compressed-tensors-w2a16, or remove it",
+            "deploy.recover has no effect on deploy.targets gguf-q8_0, which have more than 4 bits or are K-quants: add one of gguf-q4_0, "
+            "gguf-tq2_0, gguf-tq1_0, gguf-q1_0, onnx-int4, compressed-tensors-w4a16, compressed-tensors-w3a16, compressed-tensors-w2a16, "
+            "or remove it",
         ),
         (
             RECORDED,
@@ -189,8 +190,8 @@ HUB = "OWNER/teacher"
         (
             RECORDED,
             {"deploy": {"targets": ["gguf-q8_0", "gguf-q1_0"]}, "student.prune": {"method": "wanda", "fraction": 0.5}},
-            "deploy.targets holds gguf-q1_0, where a weight is plus or minus a scale, but student.prune.method is wanda, which sets "
-            "weights to 0: use gguf-tq1_0, which has a code for 0, or prune neurons, heads or layers",
+            "deploy.targets holds gguf-q1_0, whose codes have no 0, but student.prune.method is wanda, which sets weights to 0: use "
+            "gguf-tq1_0 or gguf-q3_k_m, which have one, or prune neurons, heads or layers",
         ),
         (
             RECORDED,

@@ -77,10 +77,11 @@ def test_one_bit_is_plus_or_minus_the_mean_size_of_what_is_not_zero() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:bf16 and fp16 are mixed")
 @pytest.mark.parametrize("grid", [*GRIDS.values(), BINARY], ids=[*GRIDS, "binary"])
-def test_a_compiled_layer_rounds_to_the_same_codes(grid: Grid) -> None:
+@pytest.mark.parametrize("columns", [512, 48])
+def test_a_compiled_layer_rounds_to_the_same_codes(grid: Grid, columns: int) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
-    layer, inputs = torch.nn.Linear(512, 6), torch.randn(3, 512)
+    layer, inputs = torch.nn.Linear(columns, 6), torch.randn(3, columns)
     layer.__class__, layer.grid = RoundedLinear, grid
     outputs = layer(inputs)
     outputs.square().sum().backward()

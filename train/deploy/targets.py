@@ -62,8 +62,11 @@ class Target:
 
     @property
     def holds_zeros(self) -> bool:
-        """A weight that pruning has set to zero has a code at or near zero: a single bit is plus or minus."""
-        return self.bits > 1
+        """A weight that pruning has set to zero is zero in the file, or next to it.
+
+        A single bit is plus or minus; of Q2_K's few codes that begin at a group's least weight, none need be near 0.
+        """
+        return self.type not in ("Q1_0", "Q2_K")
 
     @property
     def can_recover(self) -> bool:
