@@ -47,6 +47,39 @@ def count_parameters(config_json: Mapping[str, Any]) -> int:
         raise ValueError(f"config.json of model_type {kind!r} has no {missing.args[0]!r}: its parameters cannot be counted") from None
 
 
+def largest_module(config_json: Mapping[str, Any]) -> int:
+    """Parameters of the module that holds most by itself: an embedding, a linear layer, or the experts of a layer, which are one tensor.
+
+    Raises:
+        ValueError: as `count_parameters`.
+    """
+    count_parameters(config_json)  # whose errors are these
+    config, kind = config_json, config_json["model_type"]
+    if kind in ("t5", "mt5"):
+        return int(config["d_model"] * max(config["vocab_size"], config["d_ff"], config["num_heads"] * config["d_kv"]))
+    width, neurons, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head, groups = _head_width(config), _either(config, "num_key_value_heads", heads)
+    queries, keys = heads * head, groups * head
+    if kind == "phi3":  # gate and up are one matrix, and queries, keys and values are
+        return int(width * max(config["vocab_size"], 2 * neurons, queries + 2 * keys))
+    if kind == "mixtral":
+        return int(max(width * config["vocab_size"], 3 * config["num_local_experts"] * width * neurons))
+    biases = {
+        "attention": queries if kind == "qwen2" or config.get("attention_bias") else 0,
+        "mlp": neurons if config.get("mlp_bias") else 0,
+    }
+    return int(max(width * config["vocab_size"], width * neurons + biases["mlp"], width * queries + biases["attention"]))
+
+
+def buffer_bytes(config_json: Mapping[str, Any]) -> int:
+    """Of what is not trained and not saved: rotary frequencies in fp32, twice, and Gemma's scale of its embedding."""
+    kind = config_json.get("model_type")
+    if kind in ("t5", "mt5"):
+        return 0
+    rotary = 4 * _head_width(config_json)
+    return {"gemma2": rotary + 4, "gemma3_text": 2 * rotary + 4}.get(str(kind), rotary)
+
+
 def _count_t5(config: Mapping[str, Any]) -> int:
     width, heads = config["d_model"], config["num_heads"]
     attention = 4 * width * heads * config["d_kv"]

@@ -13,7 +13,7 @@ from launch import planning
 from launch.config import Config, validate
 from launch.hardware import DetectedGpu
 from launch.parameters import parameters_of
-from launch.planning import RunPlan, plan_run, render
+from launch.planning import RunPlan, plan_run, render, render_estimates, rule_of, size_of
 from train.config import ScratchModel
 
 SMALL: dict[str, Any] = {"from_scratch": "t5", "d_model": 16, "layers": 1, "heads": 2, "vocabulary": 300}
@@ -169,3 +169,52 @@ def test_unknown_memory_is_called_unknown(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_wrong_option_is_told(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=rf"\A{re.escape(expected)}"):
         plan_run(config(), **options)
+
+
+# ----- one model, as public estimators count it -----
+
+
+def estimated(console_width: int, rule: Any, **options: Any) -> list[str]:
+    console = Console(width=console_width, force_terminal=False)
+    with console.capture() as capture:
+        render_estimates(*size_of(None, "175B"), rule, console, **{"gpu": None, "as_json": False, **options})
+    return [" ".join(line.split()) for line in capture.get().splitlines()]
+
+
+def test_the_fewest_gpus_by_a_public_rule() -> None:
+    lines = estimated(100, "simple")
+    assert lines[0] == "175B parameters: 175.0B; fewest GPUs by the rule `simple`"
+    assert "inference, bf16 350.0 GB 9 5 3 15" in lines
+    assert "training, ZeRO-2 3,259.6 GiB -" in estimated(100, "deepspeed", gpu="A100-80")
+    assert estimated(100, "deepspeed")[-1].endswith("The largest module is not known by a number of parameters alone, and counts as 0.")
+
+
+def test_a_folder_tells_its_size(tmp_path: Path) -> None:
+    saved = {
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "vocab_size": 10,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    name, size = size_of(str(tmp_path), None)
+    assert name == str(tmp_path)
+    assert size.parameters == 2 * 10 * 8 + 4 * 8 * 8 + 3 * 8 * 16 + 3 * 8
+    assert size_of(str(tmp_path / "config.json"), None)[1] == size
+    assert size.largest_module == 128
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "message"),
+    [
+        (None, None, "give a configuration, a model"),
+        ("a", "1B", "give a configuration, a model"),
+        ("no such/folder of mine", None, "is no YAML file, no folder with a config.json, and no hub id"),
+    ],
+)
+def test_what_has_no_size_is_told(model: str | None, params: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        size_of(model, params)
+
+
+def test_a_rule_that_is_not_known_is_told() -> None:
+    with pytest.raises(ValueError, match="--rule is mine: give simple, accelerate or deepspeed"):
+        rule_of("mine")
