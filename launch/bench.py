@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from launch.rundir import locked, read_stages
 from train.artifacts import ARTIFACT, write_json
 from train.evaluate import REQUEST, EvalRequest, command
 from train.progress import StageProgress
-from train.runtimes import Device, model_bytes
+from train.runtimes import Device, device_for, model_bytes
 from train.serving import Latency, Serving
+from train.told import run_told
 
 RESULT = "bench.json"
 _WEIGHTS = "Weights\nMB"
@@ -68,7 +68,7 @@ def bench(
         rungs: which; all that a model serves where empty.
         rounds: how often each is measured; odd numbers have a median of their own.
         threads: of the CPU; 0: OMP_NUM_THREADS, or all that this process may use.
-        device: where; cuda is auto for the runtimes that are mostly built for CPUs.
+        device: where (`train.runtimes.device_for`).
         console: gets the table.
         time: measures one; a fresh process where left out.
 
@@ -91,11 +91,11 @@ def bench(
             for name, request in chosen.items():
                 if name in lost:
                     continue
-                where = "auto" if device == "cuda" and request.runtime in ("llama_cpp", "onnx") else device
+                asked = replace(request, threads=threads, device=device_for(request.runtime, device))
                 try:
-                    found[name].append((time or _in_a_process)(replace(request, threads=threads, device=where)))
+                    found[name].append((time or _in_a_process)(asked))
                 except RuntimeError as error:
-                    lost[name] = str(error)
+                    lost[name] = f"{name}: {error}"
                 progress.advance(1, name)
         served = [_served(chosen[name], of) for name, of in found.items() if name not in lost]
         write_json(folder / RESULT, {"threads": threads, "rungs": [asdict(row) for row in served]})
@@ -128,12 +128,7 @@ def _in_a_process(request: EvalRequest) -> Serving:
         asked, out = Path(place) / REQUEST, Path(place) / "serving.json"
         request.write(asked)
         environment = worker_environment(1, cpu_count(), request.device) | {"OMP_NUM_THREADS": str(request.threads)}
-        done = subprocess.run(command(asked, out), stderr=subprocess.PIPE, text=True, check=False, env=environment)
-        if done.returncode < 0:
-            raise RuntimeError(f"{request.rung}: its process was ended by signal {-done.returncode}; often the memory is used up")
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
-            raise RuntimeError(f"{request.rung}: {lines[-1].removeprefix('error: ')}")
+        run_told(command(asked, out), "its process", environment)
         values = json.loads(out.read_text())
     return Serving(**{**values, "latency": Latency(**values["latency"]), "notes": tuple(values["notes"])})
 

@@ -113,8 +113,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them on a node.")] = None,
     params: Annotated[str | None, typer.Option(help="Size of the teacher where the configuration does not tell: 70B, 175B, ...")] = None,
     rule: Annotated[
-        str | None,
-        typer.Option(help="Count one model as a public estimator does: simple, accelerate or deepspeed; by --params without one."),
+        str | None, typer.Option(help="Count one model (or --params) as a public estimator does: simple, accelerate or deepspeed.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -125,10 +124,12 @@ def plan(
     from launch.planning import plan_run, render, render_estimates, rule_of, size_of
 
     if rule is not None:
+        if overrides or gpus is not None:
+            raise ValueError("--rule counts one model by itself, on which overrides and --gpus have no effect: remove them, or --rule")
         render_estimates(*size_of(config, params), rule_of(rule), Console(), gpu=gpu, as_json=as_json)
         return
-    if config is None or not config.endswith((".yaml", ".yml")):
-        raise ValueError("CONFIG is a YAML file; one model by itself is counted with --rule simple, accelerate or deepspeed")
+    if config is None or Path(config).is_dir():
+        raise ValueError("give the YAML file of a run; one model by itself is counted with --rule simple, accelerate or deepspeed")
     made = plan_run(load_config(Path(config), overrides or ()), gpu=gpu, gpus=gpus, params=params)
     render(made, Console(), as_json=as_json)
 

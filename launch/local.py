@@ -28,6 +28,7 @@ from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
 from train.deploy.targets import check_installed, check_possible, target_of
 from train.evaluate import REQUEST, EvalRequest, command
+from train.runtimes import device_for
 from train.signals import PARENT, SIGNALS, STOPPED, handling
 from train.tracking import Tracker
 
@@ -185,11 +186,10 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
     form = TextFormat.load(made / "model")
     parameters = (DeployedModel.read(made) if deployed else Checkpoint.read(made)).num_parameters
     target = target_of(stage.detail) if deployed else None
-    if target and common["device"] == "cuda" and target.format in ("gguf", "onnx"):
-        common["device"] = "auto"  # engines that are mostly installed for CPUs: they take a GPU where they can
+    runtime = target.runtime if target else "transformers"
     return EvalRequest(
-        **common,
-        runtime=target.runtime if target else "transformers",
+        **{**common, "device": device_for(runtime, config.launch.device)},
+        runtime=runtime,
         records_folder=None,
         model_folder=str(made / "model"),
         part=form.part,

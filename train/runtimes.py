@@ -22,6 +22,20 @@ Device = Literal["auto", "cpu", "cuda"]
 RuntimeKind = Literal["transformers", "ctranslate2", "llama_cpp", "onnx", "compressed_tensors"]
 
 
+_BUILT_FOR_CPUS = ("llama_cpp", "onnx")
+"""Engines that are mostly installed without a GPU's part: they take a GPU where they can."""
+
+
+def device_for(kind: str, device: Device) -> Device:
+    """Where to serve what is asked to be on `device`: cuda is auto for the engines that often cannot.
+
+    Args:
+        kind: a `RuntimeKind`, or what else answers.
+        device: that was asked for.
+    """
+    return "auto" if device == "cuda" and kind in _BUILT_FOR_CPUS else device
+
+
 class Runtime(Protocol):
     """A loaded model that answers prompts."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 
 def status_of(work: Callable[[], object]) -> int:
@@ -16,3 +17,22 @@ def status_of(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def run_told(command: Sequence[str], what: str, environment: Mapping[str, str] | None = None) -> None:
+    """Runs such a process to its end.
+
+    Args:
+        command: its command line.
+        what: it does, for the message where it was ended.
+        environment: this process's own where left out.
+
+    Raises:
+        RuntimeError: with what it told, if it failed.
+    """
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    if done.returncode < 0:
+        raise RuntimeError(f"{what} was ended by signal {-done.returncode}; often the memory is used up")
+    if done.returncode:
+        told = done.stderr.strip().splitlines() or [f"{what} ended with status {done.returncode}"]
+        raise RuntimeError(told[-1].removeprefix("error: "))

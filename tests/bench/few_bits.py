@@ -26,19 +26,30 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tests.bench.pruning_quality import Data, claimed, loaded, right_answers, set_weights, share, tracker_of, training_run
+from tests.bench.pruning_quality import (
+    Data,
+    claimed,
+    loaded,
+    right_answers,
+    set_weights,
+    share,
+    tracker_of,
+    training_options,
+    training_run,
+)
 from train.config import LossConfig
+from train.deploy.gguf import type_of
 from train.deploy.targets import TARGETS, Target, module_of
-from train.grids import put_on_grids, rounding, write_scales
+from train.grids import put_on_grids, rounding
 from train.keepers import InMemory
 from train.learner import LiveTeacher
 from train.models import load_folder, save_model
 from train.significance import paired_bootstrap
+from train.student.recovering import recovery_loss, settle
 from train.trainer import train
 from train.world import World
 
-LOSS = LossConfig(label=0.5, rationale=0.5, soft=1.0, teacher="live")
-"""What `recover` takes where the student was trained step by step and no loss is named."""
+LOSS = recovery_loss(LossConfig(label=0.5, rationale=0.5))
 CELLS = (
     "compressed-tensors-w2a16:2e-4,gguf-tq2_0:4e-4,gguf-q1_0:4e-4,compressed-tensors-w3a16:1e-4,compressed-tensors-w4a16:1e-4,"
     "gguf-q4_0:1e-4,compressed-tensors-w2a16:4e-4,gguf-tq2_0:8e-4,gguf-q1_0:8e-4,compressed-tensors-w3a16:2e-4,"
@@ -49,8 +60,9 @@ _WIDE = 768
 
 def source_of(target: Target, tuned: PreTrainedModel) -> PreTrainedModel:
     """The model in fp32 on the CPU, widened where the target's blocks ask for it."""
-    in_rows_of_32 = target.format != "gguf" or target.type in ("F16", "Q8_0", "Q5_1", "Q4_0")
-    return copy.deepcopy(tuned) if in_rows_of_32 else widened(tuned)
+    if target.format == "gguf" and type_of("blk", (1, tuned.config.hidden_size), target.type) != target.type:
+        return widened(tuned)
+    return copy.deepcopy(tuned)
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:
@@ -91,13 +103,9 @@ def measure(
     with rounding(model, grids):
         trained = train(model, run, world, tracker_of(run), keeper, live=LiveTeacher(teacher))
     set_weights(model, keeper.best)
-    for name in grids if half else ():  # as the stage does: else some weights fall to the next code
-        weight = model.get_submodule(name).weight.data
-        weight.copy_(weight.to(torch.bfloat16))
     folder = options.out / f"{target.name}-{rate:g}"
     folder.mkdir(parents=True, exist_ok=True)
-    scales = put_on_grids(model, grids)
-    write_scales({name: scale.cpu() for name, scale in scales.items()}, folder)
+    settle(model, grids, folder, bf16=half)
     save_model(copy.deepcopy(model).cpu(), data.tokenizer, data.form, folder / "model")
     best = trained.best
     return {"exact_match": best.exact_match, "loss": best.loss, "step": best.step, "right": right_answers(model, data, world)}
@@ -136,15 +144,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", default=CELLS, help="TARGET:LEARNING_RATE with commas between")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after so long")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--compile", choices=("off", "layers", "graphs"), default="graphs", help="as student.compile")
-    parser.add_argument("--show", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    options.until = time.time() + 60 * options.minutes
-    return options
+    return training_options(parser, epochs=3.0)
 
 
 def work(options: argparse.Namespace) -> None:

@@ -361,8 +361,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(dict.fromkeys(way.method for way in WAYS)), help="with commas between")
     parser.add_argument("--seeds", type=int, default=1)
+    return training_options(parser, epochs=2.0)
+
+
+def training_options(parser: argparse.ArgumentParser, *, epochs: float) -> argparse.Namespace:
+    """What is common to benches that train a model once for each cell, parsed."""
     parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after so long")
-    parser.add_argument("--epochs", type=float, default=2.0, help="of the recovery")
+    parser.add_argument("--epochs", type=float, default=epochs, help="of the recovery")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--compile", choices=("off", "layers", "graphs"), default="graphs", help="as student.compile")
     parser.add_argument("--show", action="store_true")

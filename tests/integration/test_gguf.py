@@ -175,6 +175,16 @@ def test_quantizers_of_llama_cpp_lose_what_their_bits_say() -> None:
         assert 0.8 * most < np.linalg.norm(read - values) / np.linalg.norm(values) < most, type
 
 
+def test_one_bit_is_packed_with_the_mean_size_of_what_is_not_zero() -> None:
+    values = np.zeros((1, 128), np.float32)
+    values[0, :4] = [0.5, -1.0, 1.5, -1.0]
+    packed = gguf._packed(values, "Q1_0")
+    assert packed.shape == (1, 18)
+    assert packed[0, :2].view(np.float16)[0] == 1.0
+    # From the lowest bit on, 1 for plus: of the four -, + is 1 and 0 counts as plus.
+    assert packed[0, 2:].tolist() == [0b11110101, *[255] * 15]
+
+
 def test_a_library_without_quantizers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ggml._quantizer.cache_clear()
     monkeypatch.setattr(ggml.ctypes, "CDLL", lambda _: object())

@@ -197,6 +197,22 @@ def test_task_alone() -> None:
     assert Path("runs/other/config.yaml").is_file()
 
 
+def test_plan_counts_one_model_by_a_public_rule() -> None:
+    status, output, _ = stepdown("plan", "--params", "175B", "--rule", "simple", "--gpu", "A100-80", "--json")
+    rows = {row["what"]: row for row in json.loads(output)["estimates"]}
+    assert status == 0
+    assert rows["inference, bf16"] == {"what": "inference, bf16", "bytes": 350 * 10**9, "gpus": {"A100-80GB": 5}}
+    for arguments, message in (
+        (("--params", "1B", "--rule", "simple", "--gpus", "8"), "on which overrides and --gpus have no effect: remove them, or --rule"),
+        (("m", "student.epochs=2", "--rule", "simple"), "on which overrides and --gpus have no effect: remove them, or --rule"),
+        (("--params", "1B"), "give the YAML file of a run; one model by itself is counted with --rule"),
+        (("--params", "1B", "--rule", "mine"), "--rule is mine: give simple, accelerate or deepspeed"),
+    ):
+        status, _, error = stepdown("plan", *arguments)
+        assert status == 1
+        assert message in error
+
+
 def test_plan_as_a_table_and_as_json() -> None:
     options = ("--gpu", "A100-80", "--gpus", "8", "--params", "70B")
     status, output, _ = stepdown("plan", "mine.yaml", "student.zero_stage=2", *options)

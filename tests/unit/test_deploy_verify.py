@@ -119,6 +119,17 @@ def test_logits_scaled_otherwise_are_seen_though_every_answer_is_the_same() -> N
     check_slope(F16, SURE[:1], [[-0.1, -0.1]])
 
 
+def test_what_a_recipe_mixes_in_is_no_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(log_probs=lambda prompt, target: [-0.5] * len(target), answer=lambda prompts, max_new_tokens: [])
+    held = [*[matrix(4.5, "Q4_K")] * 9, matrix(6.5625, "Q6_K"), matrix(5.5, "Q5_0", "blk.2.ffn_up.weight"), EMBEDDING]
+    monkeypatch.setattr(verify, "open_runtime", lambda *_, **__: engine)
+    monkeypatch.setattr(verify, "module_of", lambda target: SimpleNamespace(stored=lambda folder: held))
+    monkeypatch.setattr(verify, "check_error", lambda *_: 0.0)
+    monkeypatch.setattr(verify, "check_slope", lambda *_: None)
+    found = verify.run(VerifyRequest("gguf-q4_k_m", "model", 20 * SOURCE, PROBES, str(tmp_path / "found.json")))
+    assert found.fallbacks == ["blk.2.ffn_up.weight"]
+
+
 def test_a_file_is_opened_by_its_own_runtime_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, Path]] = []
 

@@ -20,7 +20,7 @@ from data.store import shard_path, write_shard
 from train import serving
 from train.artifacts import EvalResult, Records
 from train.evaluate import Answer, EvalRequest, command, main, run, score, timed
-from train.runtimes import TransformersRuntime, answers, model_bytes, open_runtime, pad, until
+from train.runtimes import TransformersRuntime, answers, device_for, model_bytes, open_runtime, pad, until
 from train.serving import peak_resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,6 +246,11 @@ def test_a_model_is_timed_alone(request_: EvalRequest, parrot: dict[str, Any], t
     assert not (Path(asked.out_folder) / "answers.jsonl").exists()
     with pytest.raises(ValueError, match="the answers are records, and no model serves them"):
         timed(request_)
+
+
+def test_engines_built_for_cpus_take_a_gpu_where_they_can() -> None:
+    assert [device_for(kind, "cuda") for kind in ("transformers", "ctranslate2", "llama_cpp", "onnx")] == ["cuda", "cuda", "auto", "auto"]
+    assert device_for("onnx", "cpu") == "cpu"
 
 
 def test_peak_memory_is_what_the_kernel_counts() -> None:

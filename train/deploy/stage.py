@@ -11,7 +11,6 @@ import errno
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from train.deploy.targets import TARGETS, Sample, Target, check_possible, module
 from train.deploy.verify import Probe, Verified, VerifyRequest, command
 from train.runtimes import TransformersRuntime, model_bytes
 from train.signals import die_with_parent
-from train.told import status_of
+from train.told import run_told, status_of
 
 MODEL = "model"
 NUM_SAMPLES, NUM_PROBES = 256, 16
@@ -125,12 +124,7 @@ def deploy(
 def _verified(target: Target, source: Path, unchecked: Path, folder: Path, probes: list[Probe]) -> Verified:
     path, out = folder / "verify.json", folder / "verified.json"
     VerifyRequest(target.name, str(unchecked), fp32_bytes(source), probes, str(out)).write(path)
-    done = subprocess.run(command(path), stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode < 0:
-        raise RuntimeError(f"{target.name}: what loads it was ended by signal {-done.returncode}; often the memory is used up")
-    if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
-        raise RuntimeError(told[-1].removeprefix("error: "))
+    run_told(command(path), f"{target.name}: what loads it")
     return Verified.read(out)
 
 

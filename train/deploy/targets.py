@@ -51,6 +51,11 @@ class Target:
     """Types that the format's own recipe of this name gives some of the matrices."""
 
     @property
+    def types(self) -> tuple[str, ...]:
+        """All that its quantized matrices are stored as."""
+        return self.type, *self.mixed_with
+
+    @property
     def runtime(self) -> RuntimeKind:
         """What loads it."""
         return _RUNTIMES[self.format]

@@ -106,13 +106,13 @@ def run(request: VerifyRequest) -> Verified:
     error = check_error(target, request.probes, given)
     check_slope(target, request.probes, given)
     runtime.answer([probe.prompt for probe in request.probes[:2]], max_new_tokens=2)
-    matrices, own = [tensor for tensor in tensors if tensor.is_matrix], (target.type, *target.mixed_with)
+    matrices = [tensor for tensor in tensors if tensor.is_matrix]
     found = Verified(
         error_nats=error,
         bits_a_parameter=_bits(tensors),
         bits_a_weight=_bits(matrices),
         types=dict(Counter(tensor.type for tensor in tensors)),
-        fallbacks=[tensor.name for tensor in matrices if tensor.type not in own] if target.quantizes else [],
+        fallbacks=[tensor.name for tensor in matrices if tensor.type not in target.types] if target.quantizes else [],
         cuts_as_trained=_cuts_as_trained(runtime, request.probes),
         load_seconds=loaded,
     )
@@ -149,7 +149,7 @@ def check_stored(target: Target, tensors: Sequence[Stored], source_bytes: int) -
     # A scale a row is what such a format is; only of rows of some 40 weights is it more than the slack.
     slack = max(SLACK_BITS, _SCALE_BITS * sum(tensor.num_scaled_rows for tensor in matrices) / weights)
     if bits > target.bits + slack:
-        others = Counter(tensor.type for tensor in matrices if tensor.type not in (target.type, *target.mixed_with))
+        others = Counter(tensor.type for tensor in matrices if tensor.type not in target.types)
         kinds = ", ".join(f"{count} of {len(matrices)} as {kind}" for kind, count in others.items()) or "none as anything else"
         raise RuntimeError(
             f"deploy.targets: {target.name} holds {bits:.2f} bits a weight of the layers' matrices, its name says {target.bits:g} "

@@ -74,8 +74,7 @@ def run(
     if world.is_main:
         try:
             best, tokenizer, form = load_folder(folder / "model", dtype=torch.float32)
-            _as_computed(best, grids, recovering.computes_in_bf16(world.device.type))
-            write_scales(put_on_grids(best, grids), folder)
+            settle(best, grids, folder, bf16=recovering.computes_in_bf16(world.device.type))
             replace_model(best, tokenizer, form, folder)
         except (OSError, RuntimeError) as caught:
             error = caught
@@ -88,6 +87,22 @@ def recovery_loss(loss: LossConfig) -> LossConfig:
     return LossConfig(label=loss.label, rationale=loss.rationale, soft=1.0, teacher="live")
 
 
+@torch.no_grad()
+def settle(model: PreTrainedModel, grids: Mapping[str, Grid], folder: Path, *, bf16: bool) -> None:
+    """Puts a trained model's matrices on their grids, and writes the scales into `folder`, beside where the model is to lie.
+
+    Args:
+        model: its matrices in the precision that they were trained in.
+        grids: as in training.
+        folder: of the stage.
+        bf16: they were rounded from bf16 in training: rounded from more digits some weights would fall to the next code.
+    """
+    for name in grids if bf16 else ():
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.to(torch.bfloat16))
+    write_scales(put_on_grids(model, grids), folder)
+
+
 def _zeros_stay(model: PreTrainedModel, grids: Mapping[str, Grid]) -> MaskSchedule | None:
     """Holds the weights that pruning has made 0, of matrices that are rounded; None where there are none."""
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in grids}
@@ -98,11 +113,3 @@ def _zeros_stay(model: PreTrainedModel, grids: Mapping[str, Grid]) -> MaskSchedu
         return {name: weight != 0 for name, weight in current.items()}
 
     return MaskSchedule(choose, sparse, fraction=0.0, end=0, every=1) if sparse else None
-
-
-@torch.no_grad()
-def _as_computed(model: PreTrainedModel, grids: Mapping[str, Grid], bf16: bool) -> None:
-    """Gives the matrices the precision that they were rounded from in training: else some weights would fall to the next code."""
-    for name in grids if bf16 else ():
-        weight = model.get_submodule(name).weight
-        weight.copy_(weight.to(torch.bfloat16))
