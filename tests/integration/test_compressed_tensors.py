@@ -329,6 +329,17 @@ def test_a_calibration_that_never_ran_is_told_and_seen(tmp_path: Path, monkeypat
     assert not error(tmp_path / "out", reference, rows[:8]) <= 0.5, "NaN, or whatever the memory held"
 
 
+@pytest.mark.parametrize("name", ["fp8", "w8a8", "w2a16"])
+def test_what_is_saved_is_the_model_itself(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the library's caches hand out copies, tied matrices two: what was written to them was lost, and stayed fp32."""
+    rows = random_llama(tmp_path / "model", width=64)
+    saved: list[PreTrainedModel] = []
+    monkeypatch.setattr(subject, "_save", lambda model, out: saved.append(model) or out.mkdir())
+    make(tmp_path / "model", tmp_path / "out", of(name), rows)
+    assert {type(module._parameters) for module in saved[0].modules()} == {dict}
+    assert saved[0].lm_head.weight is saved[0].model.embed_tokens.weight
+
+
 def test_weights_that_are_not_finite_are_told(tmp_path: Path) -> None:
     random_llama(tmp_path / "model", width=64)
     model, tokenizer, form = load_folder(tmp_path / "model", dtype=torch.float32)

@@ -201,11 +201,18 @@ def _quantize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheme
 
 
 def _oneshot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modifier: Any, pipeline: str, rows: Sequence[Any] = ()) -> None:
+    import torch
+    from compressed_tensors.offload import remove_dispatch, set_onload_device
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(rows, batch_size=1, collate_fn=lambda batch: batch[0]) if rows else None  # type: ignore[arg-type]
+    if rows and (accelerator := torch.accelerator.current_accelerator(check_available=True)):
+        set_onload_device(model, accelerator)  # the pipelines `sequential` and `datafree` do so themselves
     oneshot(model=model, processor=tokenizer, dataset=loader, num_calibration_samples=len(rows), recipe=[modifier], pipeline=pipeline)
+    # Left as they are, parameters would be copies on the accelerator, tied ones two, and what is written to them lost.
+    remove_dispatch(model)
+    model.tie_weights()
 
 
 def _set_scales(model: PreTrainedModel, scales: Mapping[str, torch.Tensor]) -> None:
