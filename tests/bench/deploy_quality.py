@@ -5,8 +5,9 @@ python tests/bench/deploy_quality.py --out DIR --show       the table of what is
 
 TUNED is OUT/tuned/model of pruning_quality.py, DIR holds what that one reads; RECOVERED/TARGET is a folder that few_bits.py left (OUT of
 that one, its learning rate cut from the name). Files are made and verified as the stage `deploy` does, and answered as the stage
-`evaluate` does, on one CPU thread. The divergence is that of the probabilities of the five choices, the fp32 model's from the file's.
-Every row is a folder of OUT: the same command goes on where it was stopped, and several share the work.
+`evaluate` does, on --threads of the CPU (1); where there is a GPU, what transformers serves is answered there, in fp32. The divergence is
+that of the probabilities of the five choices, the fp32 model's from the file's. Every row is a folder of OUT: the same command goes on
+where it was stopped, and several share the work.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from train.deploy.stage import NUM_PROBES, NUM_SAMPLES, deploy
 from train.deploy.targets import RECOVERED, TARGETS, Sample
 from train.evaluate import ANSWERS, EvalRequest, command
 from train.models import load_folder, save_model
-from train.runtimes import Runtime, RuntimeKind, TransformersRuntime, open_runtime
+from train.runtimes import Device, Runtime, RuntimeKind, TransformersRuntime, open_runtime
 from train.significance import mcnemar
 
 _WHOLE = "transformers-fp32"
@@ -63,6 +64,10 @@ def made(name: str, options: argparse.Namespace, data: Data) -> tuple[RuntimeKin
     return target.runtime, folder / "model"
 
 
+def place_of(kind: RuntimeKind) -> Device:
+    return "auto" if kind in ("transformers", "compressed_tensors") else "cpu"
+
+
 def evaluated(name: str, kind: RuntimeKind, model: Path, options: argparse.Namespace, data: Data) -> None:
     folder = options.out / name
     request = EvalRequest(
@@ -77,8 +82,8 @@ def evaluated(name: str, kind: RuntimeKind, model: Path, options: argparse.Names
         batch_size=32,
         timed_examples=64,
         out_folder=str(folder / "evaluate"),
-        device="cpu",
-        threads=1,
+        device=place_of(kind),
+        threads=options.threads,
     )
     request.write(folder / "request.json")
     subprocess.run(command(folder / "request.json"), check=True)
@@ -159,7 +164,7 @@ def work(options: argparse.Namespace) -> None:
                 continue
             if not (options.out / name / "evaluate" / "artifact.json").is_file():
                 evaluated(name, kind, model, options, data)
-            found = choice_probabilities(open_runtime(kind, model, device="cpu", threads=1), options, data)
+            found = choice_probabilities(open_runtime(kind, model, device=place_of(kind), threads=options.threads), options, data)
             (options.out / name / _KL).write_text(json.dumps(found))
             print(f"{name}: done", flush=True)
 
@@ -172,11 +177,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--targets", help="with commas between; all where left out")
     parser.add_argument("--kl-items", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--show", action="store_true")
     parser.set_defaults(tiny=False)
     options = parser.parse_args()
     if not options.show:
-        torch.set_num_threads(1)
+        torch.set_num_threads(options.threads)
         work(options)
     show(options)
 

@@ -244,7 +244,9 @@ def loaded(options: argparse.Namespace, source: str = SOURCE) -> tuple[PreTraine
         metric="choice",
     )
     folder = options.out / "task"
-    prepare(config, seed=0, folder=folder)
+    with claimed(folder / "train.jsonl", wait=True) as mine:
+        if mine:
+            prepare(config, seed=0, folder=folder)
     task = read_task(folder)
     teacher = TeacherConfig.model_validate({"source": "recorded", "label": "{llm_label}", "rationale": "{rationale}"})
     found = {record.id: record for record in records(teacher, task.train, "train", "choice", "choices")}
