@@ -60,7 +60,7 @@ class Grid:
         grouped = F.pad(weight.float(), (0, -columns % self.group)).view(rows, -1, self.group)
         scale, zero = self._scales(grouped)
         scale = scale.to(self.scale_type).float()
-        low, high = self._ends()
+        low, high = self.ends
         if self.kind == "binary":
             return Codes(torch.where(grouped < 0, -1.0, 1.0), scale, zero)
         steps = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -72,7 +72,9 @@ class Grid:
         values = (found.codes - found.zero) * found.scale
         return values.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
 
-    def _ends(self) -> tuple[int, int]:
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
         if self.kind == "ternary":
             return -1, 1
         half = 2 ** (self.bits - 1)
@@ -80,7 +82,7 @@ class Grid:
 
     def _scales(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
         sizes = grouped.abs()
-        low, high = self._ends()
+        low, high = self.ends
         # Weights that pruning took out, and what fills up a group, say nothing of how large the others are.
         mean = sizes.sum(-1, keepdim=True) / (sizes > 0).sum(-1, keepdim=True).clamp(min=1)
         if self.kind == "binary":

@@ -100,6 +100,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     """
     import torch
 
+    from train.calibration import inputs_of
     from train.grids import read_scales
     from train.models import load_folder
 
@@ -120,7 +121,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
             _set_scales(model, chosen)
             _check_rounded(model, scheme, target)
         elif scheme:
-            rows = [_inputs(prompt, target_ids, form.family == "encoder_decoder") for prompt, target_ids in calibration]
+            rows = [inputs_of(prompt, target_ids, form.family == "encoder_decoder") for prompt, target_ids in calibration]
             _quantize(model, tokenizer, scheme, _modifier(model, scheme, target), rows)
             _check_rounded(model, scheme, target)
         _save(model, out)
@@ -141,15 +142,6 @@ def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
     scheme = _SCHEMES[target.type]
     kind: Literal["symmetric", "asymmetric"] = "symmetric" if scheme.symmetric else "asymmetric"
     return dict.fromkeys(matrices(model), Grid(kind, scheme.num_bits, _group(model, scheme.groups, target), torch.bfloat16))
-
-
-def _inputs(prompt: Sequence[int], target: Sequence[int], is_encoder_decoder: bool) -> dict[str, torch.Tensor]:
-    """One row, alone: there is no padding that calibration would have to leave out."""
-    import torch
-
-    if is_encoder_decoder:
-        return {"input_ids": torch.tensor([[*prompt]]), "labels": torch.tensor([[*target]])}
-    return {"input_ids": torch.tensor([[*prompt, *target]])}
 
 
 def _modifier(model: PreTrainedModel, scheme: _Scheme, target: Target) -> Any:

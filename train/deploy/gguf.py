@@ -56,7 +56,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         source: a model folder of this project.
         out: the folder to make.
         target: its type is one of llama.cpp's.
-        calibration: not read: these quantizers look at weights only.
+        calibration: not read: these quantizers look at weights only, which may stand on a grid already (train/calibration.py).
 
     Raises:
         ValueError: if llama.cpp's form of such a model, or of its tokenizer, is not known here.

@@ -41,7 +41,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         source: a model of this project (safetensors, tokenizer.json, stepdown.json).
         out: the folder to make, which does not exist yet.
         target: its type is float32, int8 or int4; of the last two, all matrices, the embedding and the head are stored so.
-        calibration: not used: weights are rounded one block at a time.
+        calibration: not used: weights are rounded block by block, to where they stand if they were rounded before (train/calibration.py).
 
     Raises:
         ValueError: if the folder is no model of this project, or there is no graph for its architecture.

@@ -2,7 +2,7 @@
 
     python -m train.deploy.stage REQUEST.json
 
-convert (the format's module) -> verify in a fresh process (verify.py) -> rename
+round on training rows (4 bits) -> convert (the format's module) -> verify in a fresh process (verify.py) -> rename
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from data.examples import TaskExample, read_examples
 from data.prompts import Encode, TextFormat
 from data.store import read_records
 from train.artifacts import ARTIFACT, DeployedModel
+from train.calibration import put_on_grids_by
 from train.deploy.request import DeployRequest
 from train.deploy.targets import TARGETS, Sample, Target, check_possible, module_of
 from train.deploy.verify import Probe, Verified, VerifyRequest, command
+from train.grids import read_scales
+from train.models import load_folder, save_model
 from train.runtimes import TransformersRuntime, model_bytes
 from train.signals import die_with_parent
 from train.told import run_told, status_of
@@ -88,7 +93,8 @@ def deploy(
         others = [(sample[0], other[1][:_LONGEST_OTHER]) for sample, other in zip(compared, [*compared[1:], compared[0]], strict=True)]
         probes = [*(_probe(reference, sample) for sample in compared), *(_probe(reference, other, is_other=True) for other in others)]
         reference.close()  # a converter loads the model again
-        module_of(target).make(source, unchecked, target, samples)
+        with _calibrated(target, source, folder, samples) as rounded:
+            module_of(target).make(rounded, unchecked, target, samples)
         verified = _verified(target, source, unchecked, folder, probes)
     except BaseException as error:
         shutil.rmtree(unchecked, ignore_errors=True)
@@ -119,6 +125,24 @@ def deploy(
     )
     artifact.write(folder)
     return artifact
+
+
+@contextmanager
+def _calibrated(target: Target, source: Path, folder: Path, samples: Sequence[Sample]) -> Iterator[Path]:
+    """The source, or where the rounding is chosen here, a copy whose matrices stand on their grids; those that recovered do already."""
+    if not target.is_calibrated_here or not samples or read_scales(source):
+        yield source
+        return
+    rounded = folder / f".{MODEL}.rounded"
+    shutil.rmtree(rounded, ignore_errors=True)
+    try:
+        model, tokenizer, form = load_folder(source, dtype=torch.float32)
+        put_on_grids_by(samples, model, module_of(target).grids(model, target))
+        save_model(model, tokenizer, form, rounded)
+        del model
+        yield rounded
+    finally:
+        shutil.rmtree(rounded, ignore_errors=True)
 
 
 def _verified(target: Target, source: Path, unchecked: Path, folder: Path, probes: list[Probe]) -> Verified:

@@ -74,6 +74,11 @@ class Target:
         return self.type not in ("Q1_0", "Q2_K")
 
     @property
+    def is_calibrated_here(self) -> bool:
+        """Its rounding is chosen on training rows before the format's module stores it; compressed-tensors files have their own library."""
+        return self.type in ("Q4_0", "int4")
+
+    @property
     def can_recover(self) -> bool:
         """So few bits that training through the rounding pays; a K-quant's scales are found by a search that is not repeated here."""
         return self.bits <= MAX_RECOVERED_BITS and not self.mixed_with
