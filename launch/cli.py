@@ -106,31 +106,50 @@ _until("evaluate", "Measure every rung on the test split, after all that it need
 @_told
 def plan(
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="The YAML file of the run; with --rule a model: folder, config.json or hub id.")
+        str | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run; or one model: its folder, config.json or hub id.")
     ] = None,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option(help="Plan for this GPU in place of what is here: A100-80, H100, L4, ...")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Plan for this GPU in place of what is here: A100-80, H100, L4, ...; one of your own: 48GB, MINE=48GB."),
+    ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them on a node.")] = None,
-    params: Annotated[str | None, typer.Option(help="Size of the teacher where the configuration does not tell: 70B, 175B, ...")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="How many nodes.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Size of the teacher where the configuration does not tell, or of one model: 70B, 175B, ...")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Training rows, for hours and disk, where only reading them would tell.")] = None,
     rule: Annotated[
         str | None, typer.Option(help="Count one model (or --params) as a public estimator does: simple, accelerate or deepspeed.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how much memory teacher and student need, and how they would be sharded."""
+    """Say how much memory teacher and student need, on how many GPUs, how they would be sharded, and for how long they run."""
     from rich.console import Console
 
     from launch.config import load_config
-    from launch.planning import plan_run, render, render_estimates, rule_of, size_of
+    from launch.plan_tables import render
+    from launch.planning import plan_model, plan_run
+    from launch.rules import render_estimates, rule_of
+    from launch.sizes import shape_of, size_of
 
     if rule is not None:
-        if overrides or gpus is not None:
-            raise ValueError("--rule counts one model by itself, on which overrides and --gpus have no effect: remove them, or --rule")
+        if overrides or gpus is not None or nodes is not None or rows is not None:
+            raise ValueError(
+                "--rule counts one model by itself, on which overrides, --gpus, --nodes and --rows have no effect: remove them, or --rule"
+            )
         render_estimates(*size_of(config, params), rule_of(rule), Console(), gpu=gpu, as_json=as_json)
         return
-    if config is None or Path(config).is_dir():
-        raise ValueError("give the YAML file of a run; one model by itself is counted with --rule simple, accelerate or deepspeed")
-    made = plan_run(load_config(Path(config), overrides or ()), gpu=gpu, gpus=gpus, params=params)
+    is_run = config is not None and (
+        Path(config).suffix in (".yaml", ".yml") or (Path(config).is_file() and Path(config).suffix != ".json")
+    )
+    if config is not None and is_run:
+        loaded = load_config(Path(config), overrides or ())
+        made = plan_run(loaded, gpu=gpu, gpus=gpus, nodes=nodes, params=params, rows=rows)
+    elif overrides or rows is not None:
+        raise ValueError("one model is planned by itself, on which overrides and --rows have no effect: give the YAML file of a run")
+    else:
+        made = plan_model(shape_of(config, params)[1], gpu=gpu, gpus=gpus, nodes=nodes)
     render(made, Console(), as_json=as_json)
 
 

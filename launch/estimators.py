@@ -6,7 +6,7 @@ accelerate    `accelerate estimate-memory` 1.15: weights and non-trained buffers
 deepspeed     `estimate_zero2_model_states_mem_needs` and the one of ZeRO-3, 0.19.8, without offload: weights, gradients and states of
               AdamW, nothing else; the same GiB
 
-None counts activations, caches, contexts or what fragmentation loses: `launch.plan` does.
+None counts activations, caches, contexts or what fragmentation loses: `launch.memory` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from launch.plan import Precision, weight_bytes
+from launch.inference_memory import Precision, weight_bytes
 
 Rule = Literal["simple", "accelerate", "deepspeed"]
 RULES: tuple[Rule, ...] = get_args(Rule)

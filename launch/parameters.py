@@ -58,7 +58,7 @@ def largest_module(config_json: Mapping[str, Any]) -> int:
     if kind in ("t5", "mt5"):
         return int(config["d_model"] * max(config["vocab_size"], config["d_ff"], config["num_heads"] * config["d_kv"]))
     width, neurons, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head, groups = _head_width(config), _either(config, "num_key_value_heads", heads)
+    head, groups = head_width(config), _either(config, "num_key_value_heads", heads)
     queries, keys = heads * head, groups * head
     if kind == "phi3":  # gate and up are one matrix, and queries, keys and values are
         return int(width * max(config["vocab_size"], 2 * neurons, queries + 2 * keys))
@@ -76,7 +76,7 @@ def buffer_bytes(config_json: Mapping[str, Any]) -> int:
     kind = config_json.get("model_type")
     if kind in ("t5", "mt5"):
         return 0
-    rotary = 4 * _head_width(config_json)
+    rotary = 4 * head_width(config_json)
     return {"gemma2": rotary + 4, "gemma3_text": 2 * rotary + 4}.get(str(kind), rotary)
 
 
@@ -97,7 +97,7 @@ def _count_t5(config: Mapping[str, Any]) -> int:
 def _count_llama(config: Mapping[str, Any]) -> int:
     kind, width, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
     is_gemma = kind.startswith("gemma")
-    head = _head_width(config)
+    head = head_width(config)
     queries, keys = heads * head, _either(config, "num_key_value_heads", heads) * head
     attention = 2 * width * queries + 2 * width * keys
     if kind == "qwen2":
@@ -116,7 +116,8 @@ def _count_llama(config: Mapping[str, Any]) -> int:
     return int(embeddings + layers + width)
 
 
-def _head_width(config: Mapping[str, Any]) -> int:
+def head_width(config: Mapping[str, Any]) -> int:
+    """Of one attention head of a decoder-only model."""
     by_kind = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
     return _either(config, "head_dim", by_kind.get(config["model_type"], config["hidden_size"] // config["num_attention_heads"]))
 
@@ -153,12 +154,19 @@ def parameters_of(
     Returns:
         The number; None where only reading the weights would tell: a hub id, a GGUF file, a package's file, an unknown architecture.
     """
+    config = config_of(model, vocabulary=vocabulary, teacher=teacher)
+    return None if config is None or not is_known(config) else count_parameters(config)
+
+
+def is_known(config_json: Mapping[str, Any]) -> bool:
+    """The parameters of its architecture can be counted."""
+    return config_json.get("model_type") in _COUNTERS
+
+
+def config_of(model: ModelSource, *, vocabulary: int, teacher: ModelSource | None = None) -> dict[str, Any] | None:
+    """The config.json of a model as the configuration names it; None where only its files would tell. Arguments as `parameters_of`."""
     config = _config_of(teacher if isinstance(model, CutModel) else model, vocabulary)
-    if config is None or config.get("model_type") not in _COUNTERS:
-        return None
-    if isinstance(model, CutModel):
-        config = _cut(config, model)
-    return count_parameters(config)
+    return _cut(config, model) if config is not None and isinstance(model, CutModel) and is_known(config) else config
 
 
 def family_of(model: ModelSource, teacher: ModelSource | None) -> Family | None:
@@ -169,9 +177,12 @@ def family_of(model: ModelSource, teacher: ModelSource | None) -> Family | None:
         teacher: the model that a `{cut_from: teacher}` is cut from.
     """
     config = _config_of(teacher if isinstance(model, CutModel) else model, vocabulary=1)
-    if config is None:
-        return None
-    both = config.get("is_encoder_decoder", config.get("model_type") in ("t5", "mt5"))
+    return None if config is None else family_of_config(config)
+
+
+def family_of_config(config_json: Mapping[str, Any]) -> Family:
+    """Of the model that a config.json describes."""
+    both = config_json.get("is_encoder_decoder", config_json.get("model_type") in ("t5", "mt5"))
     return "encoder_decoder" if both else "decoder_only"
 
 
@@ -187,7 +198,7 @@ def _cut(config: Mapping[str, Any], model: CutModel) -> dict[str, Any]:
         heads = cut["num_attention_heads"]
         groups = _either(cut, "num_key_value_heads", heads)
         # A head stays as wide as it was, and groups that share keys and values go whole.
-        width = _head_width(cut)
+        width = head_width(cut)
         cut |= {"num_attention_heads": model.heads, "num_key_value_heads": model.heads * groups // heads, "head_dim": width}
     elif model.heads is not None:
         cut["num_heads"] = model.heads

@@ -1,23 +1,30 @@
-"""How much memory each model needs, and how a teacher is laid over the GPUs. Arithmetic only: imports no torch, loads no weights."""
+"""How a teacher and a student are laid over GPUs, and how few of them do. Arithmetic only: imports no torch, loads no weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+from launch.architecture import Architecture
+from launch.inference_memory import (
+    FEWEST_SLOTS,
+    Inference,
+    Precision,
+    most_slots,
+    teacher_memory,
+    teacher_weights,
+    weight_bytes,
+    with_slots,
+)
+from launch.memory import Memory, usable_bytes
+from launch.training_memory import Step, host_bytes, training_memory
 
-_BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
-
-
-def weight_bytes(num_parameters: int, precision: Precision) -> int:
-    """Bytes of the weights alone: 2 GB a billion parameters in 16 bits. Scales and zero points of int8 and int4 are not counted."""
-    return (num_parameters * _BITS[precision] + 7) // 8
-
-
-def fewest_gpus(num_bytes: int, gpu_memory_bytes: int) -> int:
-    """How many GPUs hold that many bytes between them."""
-    return -(-num_bytes // gpu_memory_bytes)
+GPUS_A_NODE = 8
+"""Of the nodes that fewest GPUs are counted in."""
+_MOST_NODES = 512
+_HOST_BYTES = 800_000_000_000
+"""Of a node's memory that an offloaded optimizer may take, where offloading is proposed: four fifths of a terabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,55 +40,103 @@ class TeacherPlan:
     """On a CPU: per process."""
     fits: bool
     why: str
+    memory: Memory = field(default_factory=Memory)
+    """Of a GPU at its fullest, with `slots` requests at once."""
+    slots: int = 0
+    """Requests that a copy writes at once, at their longest; 0 on a CPU."""
 
 
 def teacher_plan(
-    num_parameters: int,
+    model: Architecture,
     gpu_memory_bytes: int,
     gpus_per_node: int,
     nodes: int,
-    *,
-    precision: Precision = "bf16",
-    reserve: float = 0.1,
-    margin: float = 0.2,
+    how: Inference | None = None,
+    sharding: Literal["auto", "replica", "tensor", "zero3"] = "auto",
 ) -> TeacherPlan:
     """The cheapest way to hold a teacher: a replica on each GPU, else tensor parallel inside a node, else ZeRO-3 over all.
 
+    A way is taken where a GPU holds its share of the weights, one forward that scores, and keys and values of `FEWEST_SLOTS` requests at
+    their longest; where none has room for so many, the first with room for the most.
     Measured on two H200 with an 8B teacher: a replica a GPU writes 10,907 tokens/s (64 prompts each), two-way tensor parallel 7,523
     (64 prompts in all), ZeRO-3 651 (64 each). So a step down this list is taken only where memory forces it.
 
     Args:
-        num_parameters: of the teacher.
-        gpu_memory_bytes: of one GPU.
-        gpus_per_node: GPUs of one node; tensor parallel stays inside a node, in a power of two that divides this.
+        model: the teacher.
+        gpu_memory_bytes: of one GPU, all of it.
+        gpus_per_node: GPUs of one node; tensor parallel stays inside a node, in a power of two that divides this and the heads.
         nodes: nodes of the job.
-        precision: of the weights.
-        reserve: share of a GPU's memory kept free for the CUDA context and fragmentation.
-        margin: room for activations and the key-value cache, as a share of the weights.
+        how: precision and lengths; a layout in it is not looked at.
+        sharding: look at this way alone.
     """
-    gpus = gpus_per_node * nodes
-    weights = weight_bytes(num_parameters, precision)
-    needed, usable = int(weights * (1 + margin)), int(gpu_memory_bytes * (1 - reserve))
-    room = f"of {_gigabytes(usable)} usable on a GPU"
-    if needed <= usable:
-        return TeacherPlan("replica", 1, gpus, weights, True, f"a whole copy with its working memory takes {_gigabytes(needed)} {room}")
-    degree = 2
-    while degree <= gpus_per_node:
-        if gpus_per_node % degree == 0 and needed <= degree * usable:
-            why = f"one copy over {degree} GPUs of a node takes {_gigabytes(needed // degree)} {room}; on fewer it does not fit"
-            return TeacherPlan("tensor", degree, gpus // degree, -(-weights // degree), True, why)
-        degree *= 2
-    share, fits = -(-weights // gpus), needed <= gpus * usable
-    if fits:
-        why = (
-            f"one copy over all {gpus} GPUs takes {_gigabytes(needed // gpus)} {room}; a node does not hold it in slices of a power of two"
-        )
-    else:
-        why = (
-            f"{num_parameters:,} parameters in {precision} take {_gigabytes(needed)} with their working memory, but {gpus} GPUs have "
-            f"{_gigabytes(gpus * usable)} usable: use at least {fewest_gpus(needed, usable)} such GPUs, larger ones, or a smaller teacher"
-        )
-    return TeacherPlan("zero3", 1, 1, share, fits, why)
+    how = how or Inference()
+    gpus, usable = gpus_per_node * nodes, usable_bytes(gpu_memory_bytes)
+    ways = [way for way in _ways(model, gpus_per_node, gpus, how) if sharding in ("auto", way.sharding)]
+    slots = [most_slots(model, way, usable) for way in ways]
+    best = next((n for n, count in enumerate(slots) if count >= FEWEST_SLOTS), slots.index(max(slots))) if slots else 0
+    if slots and slots[best]:
+        return _plan(model, with_slots(ways[best], slots[best]), gpus, usable)
+    needed = teacher_memory(model, with_slots(ways[-1] if ways else how, 1))
+    least = fewest_teacher_gpus(model, gpu_memory_bytes, how)
+    way_out = "larger GPUs" if least is None else f"at least {least} such GPUs, larger ones,"
+    place = f"each of {gpus} GPUs, which have" if gpus > 1 else "one GPU, which has"
+    why = (
+        f"{model.parameters:,} parameters in {how.precision} take {gigabytes(needed.total)} on {place} {gigabytes(usable)} usable: "
+        f"use {way_out} or a smaller teacher"
+    )
+    return TeacherPlan(ways[-1].sharding if ways else "replica", 1, 1, needed.weights, False, why, needed, 0)
+
+
+def _plan(model: Architecture, way: Inference, gpus: int, usable: int) -> TeacherPlan:
+    memory = teacher_memory(model, way)
+    place = {"replica": "a whole copy", "tensor": f"one copy over {way.degree} GPUs of a node", "zero3": f"one copy over all {gpus} GPUs"}
+    others = {"replica": "", "tensor": "; fewer hold less", "zero3": "; no tensor degree that divides node and heads holds more"}
+    requests = f"{way.slots} request{'s' if way.slots > 1 else ''} at once"
+    room = f"{gigabytes(memory.total)} of {gigabytes(usable)} usable on a GPU"
+    why = f"{place[way.sharding]} takes {room} with {requests}{others[way.sharding]}"
+    degree = way.degree if way.sharding == "tensor" else 1
+    return TeacherPlan(way.sharding, degree, gpus // way.degree, teacher_weights(model, way), True, why, memory, way.slots)
+
+
+def _ways(model: Architecture, gpus_per_node: int, gpus: int, how: Inference) -> Iterator[Inference]:
+    yield replace(how, sharding="replica", degree=1)
+    for degree in tensor_degrees(model, gpus_per_node):
+        yield replace(how, sharding="tensor", degree=degree)
+    if gpus > 1:
+        yield replace(how, sharding="zero3", degree=gpus)
+
+
+def tensor_degrees(model: Architecture, gpus_per_node: int) -> list[int]:
+    """Powers of two from 2 that divide a node's GPUs, the model's attention heads, and its key-value heads."""
+    powers = (2**n for n in range(1, gpus_per_node.bit_length()))
+    return [d for d in powers if gpus_per_node % d == 0 and model.heads % d == 0 and model.key_value_heads % d == 0]
+
+
+def fewest_teacher_gpus(model: Architecture, gpu_memory_bytes: int, how: Inference | None = None) -> int | None:
+    """GPUs, in nodes of `GPUS_A_NODE`, that hold one copy with a request; None where no number does."""
+    how, usable = how or Inference(), usable_bytes(gpu_memory_bytes)
+    return _fewest(lambda node, gpus: any(most_slots(model, way, usable) for way in _ways(model, node, gpus, how)))
+
+
+def fewest_gpus(num_bytes: int, gpu_memory_bytes: int) -> int:
+    """How many GPUs hold that many bytes between them."""
+    return -(-num_bytes // gpu_memory_bytes)
+
+
+def _fewest(fits: Callable[[int, int], bool]) -> int | None:
+    """The least number of GPUs that fits: of one node, then of whole nodes.
+
+    Args:
+        fits: of (GPUs of a node, GPUs in all).
+    """
+    inside = next((gpus for gpus in range(1, GPUS_A_NODE + 1) if fits(gpus, gpus)), None)
+    if inside is not None or not fits(GPUS_A_NODE, _MOST_NODES * GPUS_A_NODE):
+        return inside
+    low, high = 2, _MOST_NODES
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(GPUS_A_NODE, middle * GPUS_A_NODE) else (middle + 1, high)
+    return low * GPUS_A_NODE
 
 
 def cpu_teacher_plan(
@@ -109,56 +164,99 @@ def cpu_teacher_plan(
     needed, usable = int(processes * weights * (1 + margin)), int(memory_bytes * (1 - reserve))
     copies = f"{processes} copies" if processes > 1 else "a copy"
     if needed <= usable:
-        why = f"{copies} with working memory: {_gigabytes(needed)} of {_gigabytes(usable)} usable on this machine"
+        why = f"{copies} with working memory: {gigabytes(needed)} of {gigabytes(usable)} usable on this machine"
         return TeacherPlan("replica", 1, processes, weights, True, why)
     why = (
-        f"{num_parameters:,} parameters in {precision}, {copies} with working memory, take {_gigabytes(needed)}, but this machine has "
-        f"{_gigabytes(usable)} usable: use fewer processes, a smaller teacher, or GPUs"
+        f"{num_parameters:,} parameters in {precision}, {copies} with working memory, take {gigabytes(needed)}, but this machine has "
+        f"{gigabytes(usable)} usable: use fewer processes, a smaller teacher, or GPUs"
     )
     return TeacherPlan("replica", 1, processes, weights, False, why)
 
 
 @dataclass(frozen=True, slots=True)
 class StudentPlan:
-    """Bytes that training holds in each process, without activations."""
+    """How a student is trained on GPUs."""
 
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    host_bytes: int = 0
-    """Optimizer states that lie in the host's memory in place of the GPU's."""
+    step: Step
+    """As it was asked for, or, where that does not fit, with the first changes that make it fit."""
+    memory: Memory
+    """Of a process."""
+    host_bytes: int
+    """Of the host's memory, by process, where the optimizer is offloaded."""
+    fits: bool
+    changes: tuple[str, ...]
+    """Overrides that make it fit; empty where it does as it is, or nothing helps."""
 
-    @property
-    def total_bytes(self) -> int:
-        """Weights, gradients and optimizer states of one process, those in the host's memory apart."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
+def student_plan(model: Architecture, step: Step, usable: int) -> StudentPlan:
+    """The step as it is, else the cheapest changes that make it fit, in the order of what they cost.
 
-def student_plan(
-    num_parameters: int,
-    zero_stage: Literal[0, 1, 2, 3],
-    processes: int,
-    precision: Literal["fp32", "bf16"],
-    *,
-    offload_optimizer: bool = False,
-) -> StudentPlan:
-    """Bytes a process of a model under AdamW: 16 a parameter before anything is sharded.
+    Smaller forwards first, which only cost launches; then activation checkpointing, a third more arithmetic; then ZeRO 2 and 3, more
+    communication; then an optimizer in the host's memory.
 
-    bf16: 2 for the weight, 2 for its gradient, 12 for the fp32 master copy and Adam's two moments. fp32: 4, 4 and 8. ZeRO-1 shards the
-    optimizer states over the processes, ZeRO-2 also the gradients, ZeRO-3 also the weights. Offloaded, the optimizer states (with the
-    master copy) lie in the host's memory.
-
-    Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), section 3.1 and figure 1.
+    Args:
+        model: the student.
+        step: as the configuration has it.
+        usable: bytes of a GPU.
     """
-    weight, gradient, optimizer = (4, 4, 8) if precision == "fp32" else (2, 2, 12)
-
-    def share(bytes_each: int, sharded_from: int) -> int:
-        return -(-num_parameters // (processes if zero_stage >= sharded_from else 1)) * bytes_each
-
-    states = share(optimizer, 1)
-    device_states, host_states = (0, states) if offload_optimizer else (states, 0)
-    return StudentPlan(share(weight, 3), share(gradient, 2), device_states, host_states)
+    for changes, changed in _changes(step):
+        memory = training_memory(model, changed)
+        on_host = host_bytes(model, changed) * min(changed.processes, GPUS_A_NODE)
+        if memory.total <= usable and (not changes or on_host <= _HOST_BYTES):
+            return StudentPlan(changed, memory, host_bytes(model, changed), True, changes)
+    return StudentPlan(step, training_memory(model, step), host_bytes(model, step), False, ())
 
 
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+def _changes(step: Step) -> Iterator[tuple[tuple[str, ...], Step]]:
+    """Steps that need less and less, with the overrides that make them."""
+    yield (), step
+    sizes = _smaller(step)
+    sharded: tuple[Literal[2, 3], ...] = (2, 3)
+    stages = [stage for stage in sharded if stage > step.zero_stage and step.processes > 1]
+    for checkpointing in sorted({step.checkpointing, True}):
+        tried = [*sizes] if checkpointing == step.checkpointing else [((), step), *sizes]
+        again = () if checkpointing == step.checkpointing else ("student.activation_checkpointing=true",)
+        for size, changed in tried:
+            yield (*size, *again), replace(changed, checkpointing=checkpointing)
+    again = () if step.checkpointing else ("student.activation_checkpointing=true",)
+    smallest, least = sizes[-1] if sizes else ((), step)
+    least = replace(least, checkpointing=True)
+    for stage in stages:
+        yield (*smallest, *again, f"student.zero_stage={stage}"), replace(least, zero_stage=stage)
+    if not step.offload and step.adapters is None:
+        highest: Literal[0, 1, 2, 3] = stages[-1] if stages else step.zero_stage or 2
+        set_stage = (f"student.zero_stage={highest}",) if highest != step.zero_stage else ()
+        yield (*smallest, *again, *set_stage, "student.offload_optimizer=true"), replace(least, zero_stage=highest, offload=True)
+
+
+def _smaller(step: Step) -> list[tuple[tuple[str, ...], Step]]:
+    """Forwards of 8192, 4096 ... tokens, down to one sequence."""
+    found: list[tuple[tuple[str, ...], Step]] = []
+    tokens = 1 << (step.tokens - 1).bit_length() - 1
+    while tokens >= step.longest:
+        parts = -(-step.tokens // tokens)
+        targets = max(1, -(-step.targets // parts))
+        smaller = replace(step, tokens=-(-step.tokens // parts), targets=targets, forwards=step.forwards * parts)
+        found.append(((f"student.micro_batch_tokens={tokens}",), smaller))
+        tokens //= 2
+    return found
+
+
+def fewest_student_gpus(model: Architecture, step_on: Callable[[int], Step], gpu_memory_bytes: int) -> tuple[int, StudentPlan] | None:
+    """The least number of GPUs, in nodes of `GPUS_A_NODE`, on which the student trains, with what has to be changed; None where none do.
+
+    Args:
+        model: the student.
+        step_on: the step as the configuration has it on so many GPUs.
+        gpu_memory_bytes: of one GPU, all of it.
+    """
+    usable = usable_bytes(gpu_memory_bytes)
+    found = _fewest(lambda _, gpus: student_plan(model, step_on(gpus), usable).fits)
+    return None if found is None else (found, student_plan(model, step_on(found), usable))
+
+
+def gigabytes(num_bytes: int) -> str:
+    """With one decimal, or none from a thousand on; megabytes below a tenth of a gigabyte."""
+    if num_bytes < 1e8:
+        return f"{num_bytes / 1e6:,.1f} MB"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes < 1e12 else f"{num_bytes / 1e9:,.0f} GB"

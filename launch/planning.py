@@ -1,241 +1,307 @@
-"""`stepdown plan`: the memory of a configuration's teacher and student on this machine, or on GPUs named. Imports no torch.
-
-`--rule` has one model counted as public estimators count it.
-"""
+"""`stepdown plan`: what a configuration, or one model, needs of memory, GPUs, hours and disk. Imports no torch."""
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
+from data.config import RationalesConfig
+from launch.architecture import Architecture, assumed_architecture
 from launch.config import Config
-from launch.estimators import RULES, Rule, Size, estimates
-from launch.hardware import GPUS, DetectedGpu, Gpu, detect, memory_bytes
-from launch.parameters import buffer_bytes, count_parameters, largest_module, parameters_of, parse_parameters
+from launch.forecast import SAMPLED_BYTES, TOP_K_BYTES, Speed, record_bytes, training_hours, writing_hours
+from launch.hardware import GPUS, Gpu, detect, known_gpu, memory_bytes
+from launch.inference_memory import FEWEST_SLOTS, Inference, Precision, teacher_memory, with_slots
+from launch.memory import Memory, usable_bytes
+from launch.parameters import parse_parameters
 from launch.plan import (
     StudentPlan,
     TeacherPlan,
     cpu_teacher_plan,
+    fewest_student_gpus,
+    fewest_teacher_gpus,
     student_plan,
     teacher_plan,
-    weight_bytes,
 )
-from launch.report_html import MISSING, count
-from train.config import CutModel, ModelSource, ScratchModel
+from launch.sizes import Sized, sized
+from launch.training_memory import Step, training_memory
+from launch.workload import ROWS, inference_of, row_of, rows_of, step_of
+from train.config import LossConfig, TrainingConfig
+from train.gpus import gpu_named
 
-CONFIG = "config.json"
-_VOCABULARY = 512
-_SHOWN = ("A100-40GB", "A100-80GB", "H200-141GB", "L4")
-_COUNTED: dict[Rule, str] = {
-    "simple": "Weights alone; gigabytes of 10^9 bytes. Activations, caches and the GPU's own overhead come on top.",
-    "accelerate": "As `accelerate estimate-memory` counts: for training the largest of weights, gradients and an optimizer's step, which "
-    "are not added up; GiB over the GPU's nominal gigabytes. Activations come on top.",
-    "deepspeed": "As DeepSpeed's estimators count, without offload: weights, gradients and AdamW's states; GiB over the GPU's nominal "
-    "gigabytes. Activations and buffers come on top.",
-}
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int4")
+_CPU_SHARE = 0.9
+"""Of a machine's memory that training on its CPU may take."""
+
+StepOn = Callable[[int], Step]
+"""A training's step on so many processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What is planned for."""
+
+    name: str
+    per_node: int
+    """GPUs of a node; processes on a CPU."""
+    nodes: int
+    memory_bytes: int | None
+    """Of one GPU, or of the machine."""
+    gpu: Gpu | None
+    """Its row of the table, where it has one."""
+    on_gpu: bool
+
+    @property
+    def processes(self) -> int:
+        """In all."""
+        return self.per_node * self.nodes
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """By process, for what is counted."""
+        if self.memory_bytes is None:
+            return None
+        return usable_bytes(self.memory_bytes) if self.on_gpu else int(self.memory_bytes * _CPU_SHARE / self.per_node)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPart:
+    """A teacher's plan."""
+
+    parameters: int
+    assumed: bool
+    """Its shape is not known, only its size."""
+    plan: TeacherPlan
+    whole_bytes: dict[Precision, int]
+    """A whole copy at its fullest by precision, with the fewest requests that are planned for."""
+    gpus: dict[Precision, int | None] = field(default_factory=dict)
+    """By precision, the fewest of the planned GPUs that hold it; empty on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPart:
+    """A training's plan: the student's, or the tuning of the teacher."""
+
+    parameters: int
+    assumed: bool
+    plan: StudentPlan
+    layout_bytes: dict[str, int]
+    """A process at its fullest, by ZeRO stage, otherwise as configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRow:
+    """How few of one model of GPU do; None where no number does, or there is nothing to plan."""
+
+    name: str
+    memory_bytes: int
+    has_bf16: bool
+    teacher: int | None
+    student: int | None
+    changes: tuple[str, ...]
+    """Overrides with which the student trains there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """Hours and disk, with what they were reckoned from."""
+
+    rows: int
+    assumed_rows: bool
+    writing_hours: float | None
+    training_hours: float | None
+    record_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What fits where; None where the configuration does not tell the size without a download."""
+    """What fits where; a part is None where there is nothing to plan, or its size is not known."""
 
-    device: str
-    processes: int
-    device_memory_bytes: int | None
-    teacher_parameters: int | None
-    teacher: TeacherPlan | None
-    student_parameters: int | None
-    student: StudentPlan | None
-    zero_stage: int
-    sentence: str
+    devices: Devices
+    teacher: TeacherPart | None
+    tuning: TrainingPart | None
+    student: TrainingPart | None
+    gpus: list[GpuRow]
+    outlook: Outlook | None
+    remarks: list[str]
 
 
-def plan_run(config: Config, *, gpu: str | None = None, gpus: int | None = None, params: str | None = None) -> RunPlan:
+def plan_run(
+    config: Config,
+    *,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    params: str | None = None,
+    rows: int | None = None,
+) -> RunPlan:
     """Plans a configuration.
 
     Args:
         config: of the run.
-        gpu: a GPU of the table in place of what is here.
+        gpu: a GPU of the table, or the memory of another, in place of what is here.
         gpus: how many on a node; what is here, or 1, where left out.
+        nodes: of the job.
         params: the teacher's size, such as 70B, where the configuration does not tell.
+        rows: of the training split, where only reading it would tell.
 
     Raises:
         ValueError: for a GPU that the table does not have, or a size that is not one.
     """
-    devices = _devices(config, gpu, gpus)
-    processes = len(devices) or config.launch.cpu_processes
-    memory = min(d.memory_bytes for d in devices) if devices else memory_bytes()
-    source = config.teacher.model
-    size = parse_parameters(params) if params is not None else _size(source, None) if source is not None else None
-    teacher = None
-    if size is not None:
-        teacher = teacher_plan(size, devices[0].memory_bytes, len(devices), 1) if devices else cpu_teacher_plan(size, memory, processes)
-    student_size = _size(config.student.model, source)
-    precision = config.student.precision if config.student.precision != "auto" else "bf16" if devices else "fp32"
-    zero_stage = config.student.zero_stage if config.student.zero_stage != "auto" else 0 if processes == 1 else 1
-    offload = config.student.offload_optimizer
-    student = None
-    if student_size is not None:
-        student = student_plan(student_size, zero_stage, processes, precision, offload_optimizer=offload)
-    name = devices[0].name if devices else "CPU"
-    sentence = _sentence(config, teacher, student_size, f"{processes} x {name}" if devices else name)
-    sentence += _remarks(config, size, student, bool(devices))
-    return RunPlan(name, processes, memory, size, teacher, student_size, student, zero_stage, sentence)
+    devices = _devices(config, gpu, gpus, nodes)
+    teacher, student = _models(config, params)
+    counted = rows if rows is not None else rows_of(config.task)
+    num_rows, shape = counted or ROWS, teacher.model
+    how = inference_of(config.teacher)
+    live = shape if config.student.loss.soft and config.student.loss.teacher == "live" else None
+    row = row_of(config.student, config.student.loss, joint=config.student.single_task)
+
+    def student_on(processes: int, on_gpu: bool = True) -> Step:
+        assert student.model is not None
+        return step_of(config.student, student.model, row, processes, on_gpu=on_gpu, rows=num_rows, live=live)
+
+    runs_here = config.teacher.source in ("deepspeed", "vllm")
+    teacher_part = None
+    if shape is not None and runs_here:
+        teacher_part = _teacher_part(shape, how, devices, config.teacher.sharding)
+    student_part = None if student.model is None else _training_part(student.model, student_on(devices.processes, devices.on_gpu), devices)
+    tuning, tune = None, config.teacher.tune
+    if tune is not None and shape is not None:
+        tuned_row = row_of(tune, LossConfig(label=1.0, rationale=0.0), joint=True)
+        step = step_of(tune, shape, tuned_row, devices.processes, on_gpu=devices.on_gpu, rows=num_rows)
+        tuning = _training_part(shape, step, devices)
+    outlook = Outlook(
+        num_rows,
+        counted is None,
+        _writing(config.teacher.rationales, shape, teacher_part, how, num_rows, devices),
+        _training(config.student, student.model, student_part, num_rows * row.tokens, devices),
+        _stored(config, num_rows) if runs_here else None,
+    )
+    table = [_gpu_row(g, shape if runs_here else None, how, student.model, student_on) for g in GPUS]
+    unknown = [s.unknown for s in (teacher, student) if s.unknown and (s is student or runs_here)]
+    return RunPlan(devices, teacher_part, tuning, student_part, table, outlook, unknown + _remarks(devices, teacher_part, student_part))
 
 
-def rule_of(name: str) -> Rule:
-    """The rule of a name.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    for rule in RULES:
-        if rule == name:
-            return rule
-    raise ValueError(f"--rule is {name}: give {', '.join(RULES[:-1])} or {RULES[-1]}")
-
-
-def size_of(model: str | None, params: str | None) -> tuple[str, Size]:
-    """A model by itself, and what it is called.
+def plan_model(model: Architecture, *, gpu: str | None = None, gpus: int | None = None, nodes: int | None = None) -> RunPlan:
+    """Plans one model by itself, as a teacher and in training, with the configuration's defaults.
 
     Args:
-        model: a model folder, its config.json, or a hub id, whose config.json alone is fetched.
-        params: a number of parameters in place of a model.
-
-    Raises:
-        ValueError: if neither or both are given, or the model's parameters cannot be counted.
-        RuntimeError: if the hub does not give its config.json.
+        model: its shape.
+        gpu: as in `plan_run`; an A100-80GB where left out.
+        gpus: how many on a node; 8 where left out.
+        nodes: of the job.
     """
-    if (model is None) == (params is None):
-        raise ValueError("give a configuration, a model (its folder, config.json or hub id), or --params, such as --params 70B")
+    known = gpu_named(gpu or "A100-80")
+    devices = Devices(known.name, gpus or 8, nodes or 1, known.memory_bytes, known, True)
+    config, how = TrainingConfig.model_validate({}), Inference(scored=0)
+    row = row_of(config, LossConfig.model_validate({}))
+
+    def step_on(processes: int) -> Step:
+        return step_of(config, model, row, processes, on_gpu=True, rows=ROWS)
+
+    teacher, training = _teacher_part(model, how, devices, "auto"), _training_part(model, step_on(devices.processes), devices)
+    table = [_gpu_row(g, model, how, model, step_on) for g in GPUS]
+    return RunPlan(devices, teacher, None, training, table, None, _remarks(devices, teacher, training))
+
+
+def _models(config: Config, params: str | None) -> tuple[Sized, Sized]:
+    source = config.teacher.model
     if params is not None:
-        return f"{params} parameters", Size(parse_parameters(params), 0, 0)
-    assert model is not None
-    path = Path(model)
-    path = path / CONFIG if path.is_dir() else path
-    if not path.is_file():
-        path = _fetched(model)
-    config = json.loads(path.read_text())
-    return model, Size(count_parameters(config), largest_module(config), buffer_bytes(config))
+        teacher = Sized(assumed_architecture(parse_parameters(params)))
+    elif source is None or config.teacher.source == "endpoint":
+        teacher = Sized(None)
+    else:
+        teacher = sized(source, None, "teacher.model")
+    return teacher, sized(config.student.model, source, "student.model")
 
 
-def _fetched(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell each of its retries
-    try:
-        return Path(hf_hub_download(model, CONFIG))
-    except HFValidationError:
-        raise ValueError(f"{model} is no YAML file, no folder with a {CONFIG}, and no hub id") from None
-    except Exception as error:  # of the network, in whatever form
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise RuntimeError(f"the hub does not give {CONFIG} of {model}: {told[0]}; give its folder, or --params") from error
-
-
-def render_estimates(name: str, size: Size, rule: Rule, console: Console, *, gpu: str | None, as_json: bool) -> None:
-    """Prints what a public estimator says of a model, and how many GPUs of the table that is."""
-    gpus = [_known(gpu)] if gpu is not None else [gpu for gpu in GPUS if gpu.name in _SHOWN]
-    found = estimates(rule, size)
-    counts = {e.what: {g.name: e.fewest_gpus(g.memory_bytes / 1e9) for g in gpus} for e in found}
-    if as_json:
-        rows = [{"what": e.what, "bytes": e.total_bytes, "gpus": counts[e.what]} for e in found]
-        print(json.dumps({"model": name, "parameters": size.parameters, "rule": rule, "estimates": rows}, indent=2))
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("", "In all", *(g.name for g in gpus)):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for e in found:
-        in_all = f"{e.total_bytes / e.unit:,.1f} {'GB' if e.unit == 10**9 else 'GiB'}"
-        table.add_row(e.what, in_all, *("-" if count is None else f"{count:,}" for count in counts[e.what].values()))
-    console.print(f"{name}: {count(size.parameters)}; fewest GPUs by the rule `{rule}`", highlight=False, soft_wrap=True)
-    console.print(table)
-    missing = " The largest module is not known by a number of parameters alone, and counts as 0." if not size.largest_module else ""
-    console.print(_COUNTED[rule] + (missing if rule == "deepspeed" else ""), highlight=False, soft_wrap=not console.is_terminal)
-
-
-def render(plan: RunPlan, console: Console, *, as_json: bool) -> None:
-    """Prints a plan as a table and a sentence, or as JSON."""
-    if as_json:
-        print(json.dumps(asdict(plan), indent=2))
-        return
-    memory = _gigabytes(plan.device_memory_bytes) if plan.device_memory_bytes else "unknown"
-    here = f"{plan.processes} x {plan.device}, {memory} each" if plan.device != "CPU" else f"CPU, {memory}, processes: {plan.processes}"
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("", "Params", "Weights", "Gradients", "Optimizer", "Total", "Sharding"):
-        table.add_column(column, justify="left" if column in ("", "Sharding") else "right", no_wrap=True)
-    if plan.teacher is not None:
-        weights = _gigabytes(plan.teacher.weight_bytes_per_gpu)
-        table.add_row("teacher", count(plan.teacher_parameters), weights, MISSING, MISSING, weights, plan.teacher.sharding)
-    if plan.student is not None:
-        parts = (plan.student.weight_bytes, plan.student.gradient_bytes, plan.student.optimizer_bytes, plan.student.total_bytes)
-        table.add_row("student", count(plan.student_parameters), *map(_gigabytes, parts), f"ZeRO-{plan.zero_stage}")
-    console.print(f"{here}; bytes a process, without activations", highlight=False, soft_wrap=True)
-    if table.row_count:
-        console.print(table)
-    console.print(plan.sentence, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
-def _devices(config: Config, gpu: str | None, gpus: int | None) -> list[DetectedGpu]:
+def _devices(config: Config, gpu: str | None, gpus: int | None, nodes: int | None) -> Devices:
     wanted = config.launch.gpus_per_node if isinstance(config.launch.gpus_per_node, int) else None
+    num_nodes = nodes or 1
     if gpu is not None:
-        known = _known(gpu)
-        return [DetectedGpu(known.name, known.memory_bytes)] * (gpus or wanted or 1)
+        known = gpu_named(gpu)
+        return Devices(known.name, gpus or wanted or 1, num_nodes, known.memory_bytes, known, True)
     found = detect() if config.launch.device != "cpu" else []
     if gpus is not None and gpus > len(found):
         raise ValueError(f"--gpus is {gpus}, but this machine has {len(found)}: name the GPU to plan for with --gpu")
-    return found[: gpus or wanted or len(found)]
+    found = found[: gpus or wanted or len(found)]
+    if not found:
+        return Devices("CPU", config.launch.cpu_processes, num_nodes, memory_bytes(), None, False)
+    return Devices(found[0].name, len(found), num_nodes, min(d.memory_bytes for d in found), known_gpu(found[0].name), True)
 
 
-def _known(gpu: str) -> Gpu:
-    name = gpu.lower().removesuffix("gb")
-    known = [g for g in GPUS if name in (g.name.lower().removesuffix("gb"), g.name.lower().partition("-")[0])]
-    if not known:
-        raise ValueError(f"--gpu is {gpu}, which the table does not have; it has: {', '.join(g.name for g in GPUS)}")
-    return known[-1]
+def _teacher_part(
+    model: Architecture, how: Inference, devices: Devices, sharding: Literal["auto", "replica", "tensor", "zero3"]
+) -> TeacherPart:
+    few = with_slots(how, FEWEST_SLOTS)
+    whole = {precision: teacher_memory(model, replace(few, precision=precision)).total for precision in PRECISIONS}
+    if not devices.on_gpu or devices.memory_bytes is None:
+        plan = cpu_teacher_plan(model.parameters, devices.memory_bytes, devices.per_node)
+        return TeacherPart(model.parameters, model.assumed, replace(plan, memory=Memory(weights=plan.weight_bytes_per_gpu)), whole)
+    memory = devices.memory_bytes
+    plan = teacher_plan(model, memory, devices.per_node, devices.nodes, how, sharding)
+    gpus = {precision: fewest_teacher_gpus(model, memory, replace(how, precision=precision)) for precision in PRECISIONS}
+    return TeacherPart(model.parameters, model.assumed, plan, whole, gpus)
 
 
-def _size(model: ModelSource, teacher: ModelSource | None) -> int | None:
-    """Parameters of a model; None where only its files would tell."""
-    scratch = teacher if isinstance(model, CutModel) else model
-    if isinstance(scratch, ScratchModel) and scratch.tokenizer is not None:
+def _training_part(model: Architecture, step: Step, devices: Devices) -> TrainingPart:
+    usable = devices.usable_bytes
+    plan = student_plan(model, step, 2**63 if usable is None else usable)
+    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    layouts = {f"ZeRO-{n}": training_memory(model, replace(step, zero_stage=n, offload=False)).total for n in stages}
+    layouts["offloaded"] = training_memory(model, replace(step, zero_stage=3, offload=True)).total
+    return TrainingPart(model.parameters, model.assumed, plan, layouts)
+
+
+def _gpu_row(gpu: Gpu, teacher: Architecture | None, how: Inference, student: Architecture | None, step_on: StepOn) -> GpuRow:
+    found = fewest_student_gpus(student, step_on, gpu.memory_bytes) if student is not None else None
+    return GpuRow(
+        gpu.name,
+        gpu.memory_bytes,
+        gpu.bf16_flops is not None,
+        None if teacher is None else fewest_teacher_gpus(teacher, gpu.memory_bytes, how),
+        None if found is None else found[0],
+        () if found is None else found[1].changes,
+    )
+
+
+def _speed(devices: Devices) -> Speed | None:
+    gpu = devices.gpu
+    return Speed(gpu.bf16_flops, gpu.bandwidth) if gpu is not None and gpu.bf16_flops else None
+
+
+def _writing(
+    asked: RationalesConfig, model: Architecture | None, part: TeacherPart | None, how: Inference, rows: int, devices: Devices
+) -> float | None:
+    speed = _speed(devices)
+    if model is None or part is None or speed is None or not part.plan.fits:
         return None
-    vocabulary = scratch.vocabulary if isinstance(scratch, ScratchModel) else None
-    return parameters_of(model, vocabulary=vocabulary or _VOCABULARY, teacher=teacher)
+    return writing_hours(model, part.plan, how, rows * asked.samples, speed)
 
 
-def _sentence(config: Config, plan: TeacherPlan | None, student_size: int | None, place: str) -> str:
-    unknown = "the size of {} is not known before its files are read"
-    student = "" if student_size is not None else f" {unknown.format('student.model').capitalize()}."
-    if plan is None:
-        if config.teacher.source == "recorded":
-            return f"The teacher is recorded: it needs no device.{student}"
-        return f"{unknown.format('teacher.model').capitalize()}: give it with --params, such as --params 70B.{student}"
-    if not plan.fits:
-        return f"The teacher does not fit: {plan.why}.{student}"
-    if place == "CPU":
-        return f"The teacher fits this machine: {plan.why}.{student}"
-    how = {"replica": "a copy on each", "tensor": f"split over {plan.tensor_degree}", "zero3": "sharded by ZeRO-3 over all"}[plan.sharding]
-    return f"The teacher fits {place}, {how}: {plan.why}.{student}"
+def _training(config: TrainingConfig, model: Architecture | None, part: TrainingPart | None, tokens: int, devices: Devices) -> float | None:
+    speed = _speed(devices)
+    if model is None or part is None or speed is None or not part.plan.fits:
+        return None
+    return training_hours(model, part.plan.step, int(tokens * config.epochs), devices.processes, speed)
 
 
-def _remarks(config: Config, teacher_size: int | None, student: StudentPlan | None, on_gpu: bool) -> str:
-    """What the student's row of the table does not show."""
-    text = ""
-    if student is not None and student.host_bytes:
-        text += f" The student's optimizer takes {_gigabytes(student.host_bytes)} of the host's memory a process."
-    if student is not None and config.student.lora is not None:
-        text += " The student is counted as if all its weights were trained: student.lora takes less."
-    if teacher_size is not None and config.student.loss.soft and config.student.loss.teacher == "live":
-        size = _gigabytes(weight_bytes(teacher_size, "bf16" if on_gpu else "fp32"))
-        text += f" In training the live teacher takes another {size} in each process."
-    return text
+def _stored(config: Config, rows: int) -> int:
+    soft, written = config.teacher.soft_labels, config.teacher.rationales.max_new_tokens
+    label, rationale = config.student.max_label_tokens, config.student.max_rationale_tokens
+    if soft is None or not soft.on_tokens:
+        return record_bytes(rows, written, 0, 0.0)
+    scored = {"label": label, "rationale": rationale, "both": label + rationale}[soft.on]
+    return record_bytes(rows, written, scored, soft.k * TOP_K_BYTES if soft.format == "top_k" else soft.draws * SAMPLED_BYTES)
 
 
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+def _remarks(devices: Devices, teacher: TeacherPart | None, training: TrainingPart | None) -> list[str]:
+    """What the tables do not show."""
+    found = []
+    if any(part is not None and part.assumed for part in (teacher, training)):
+        found.append("of a number of parameters the shape is assumed: as many layers as heads, keys and values in eight groups")
+    if devices.gpu is not None and devices.gpu.bf16_flops is None:
+        found.append(f"{devices.name} has no bf16 arithmetic, which is slow there: set student.precision to fp32")
+    if training is not None and training.plan.host_bytes:
+        found.append(f"the optimizer takes {training.plan.host_bytes / 1e9:,.1f} GB of the host's memory a process")
+    return found

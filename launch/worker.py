@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data.tasks import Task, read_task
+from launch.architecture import Architecture, architecture_of, assumed_architecture
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
+from launch.inference_memory import weight_bytes
+from launch.parameters import is_known
 from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
-from launch.plan import cpu_teacher_plan, teacher_plan, weight_bytes
+from launch.plan import cpu_teacher_plan, teacher_plan
 from launch.rundir import locked, run_folder, writing
+from launch.workload import inference_of
 from train.artifacts import Artifact, Checkpoint, TaskFiles
 from train.config import Arm
 from train.deploy.targets import TARGETS, check_possible, module_of
@@ -78,30 +82,29 @@ def _layout(config: Config, tuned: Path | None, world: World) -> Layout:
     teacher = config.teacher
     if teacher.source != "deepspeed" or teacher.sharding != "auto":
         return Layout("replica" if teacher.sharding == "auto" else teacher.sharding)
-    parameters = _teacher_parameters(config, tuned)
+    model = _teacher_shape(config, tuned)
     gpus = detect() if world.device.type == "cuda" else []
-    if parameters is None:
-        return Layout()
     if not gpus:
-        plan = cpu_teacher_plan(parameters, memory_bytes(), world.size)
+        plan = cpu_teacher_plan(model.parameters, memory_bytes(), world.size)
     else:
         node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-        plan = teacher_plan(parameters, min(gpu.memory_bytes for gpu in gpus), node, world.size // node)
+        plan = teacher_plan(model, min(gpu.memory_bytes for gpu in gpus), node, world.size // node, inference_of(teacher))
         # What the GPUs do not hold between them may lie in the hosts' memory, each node's share in its own.
-        if not plan.fits and weight_bytes(parameters, "bf16") * node // world.size < _HOST_SHARE * (memory_bytes() or 0):
+        if not plan.fits and weight_bytes(model.parameters, "bf16") * node // world.size < _HOST_SHARE * (memory_bytes() or 0):
             return Layout("zero3", offload=True)
     if not plan.fits:
         raise ValueError(f"teacher.model does not fit: {plan.why}")
     return Layout(plan.sharding, plan.tensor_degree if plan.sharding == "tensor" else None)
 
 
-def _teacher_parameters(config: Config, tuned: Path | None) -> int | None:
-    if tuned is not None:
-        return Checkpoint.read(tuned).num_parameters
+def _teacher_shape(config: Config, tuned: Path | None) -> Architecture:
+    """The teacher's shape; of an architecture that the plan does not know, that which a model of its size has."""
     from train.models import num_parameters, skeleton
 
-    assert isinstance(config.teacher.model, str)
-    return num_parameters(skeleton(config.teacher.model, "teacher.model"))
+    assert isinstance(config.teacher.model, str) or tuned is not None
+    model = skeleton(str(tuned / "model") if tuned is not None else str(config.teacher.model), "teacher.model")
+    saved = model.config.to_dict()
+    return architecture_of(saved) if is_known(saved) else assumed_architecture(num_parameters(model))
 
 
 def _teach(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:

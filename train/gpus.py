@@ -18,7 +18,7 @@ class Gpu:
     memory_bytes: int
     """The datasheet's gigabytes, of 10^9 bytes; what the driver reports differs by a few per cent."""
     bf16_flops: float | None
-    """Dense FLOP/s in bfloat16; None where the hardware has no such arithmetic."""
+    """Dense FLOP/s in bfloat16; None where the hardware has no such arithmetic; 0 where it is not known."""
     fp16_flops: float
     """Dense FLOP/s in float16."""
     bandwidth: float
@@ -43,3 +43,23 @@ GPUS: tuple[Gpu, ...] = (
 def known_gpu(name: str) -> Gpu | None:
     """The row of `GPUS` for a name that the driver reports; None for a model (or a variant with other figures) that is not there."""
     return next((gpu for gpu in GPUS if re.search(gpu.reported, name.strip())), None)
+
+
+def gpu_named(name: str) -> Gpu:
+    """A GPU of the table by its name, or one of a user's own as `48GB` or `NAME=48GB`, whose speed is not known.
+
+    Raises:
+        ValueError: for a name that is not in the table.
+    """
+    own = re.fullmatch(r"(?:(.+)=)?\s*(\d+(?:\.\d+)?)\s*GB", name.strip(), re.IGNORECASE)
+    if own is not None and float(own[2]) > 0:
+        memory = float(own[2])
+        return Gpu((own[1] or f"{memory:g} GB").strip(), int(memory * 1e9), 0.0, 0.0, 0.0, r"$^")
+    short = name.strip().lower().removesuffix("gb")
+    known = [gpu for gpu in GPUS if short in (gpu.name.lower().removesuffix("gb"), gpu.name.lower().partition("-")[0])]
+    if not known:
+        raise ValueError(
+            f"--gpu is {name}, which the table does not have; it has: {', '.join(gpu.name for gpu in GPUS)}. Give the memory of another "
+            "one: --gpu 48GB, or --gpu MINE=48GB"
+        )
+    return known[-1]

@@ -203,9 +203,11 @@ def test_plan_counts_one_model_by_a_public_rule() -> None:
     assert status == 0
     assert rows["inference, bf16"] == {"what": "inference, bf16", "bytes": 350 * 10**9, "gpus": {"A100-80GB": 5}}
     for arguments, message in (
-        (("--params", "1B", "--rule", "simple", "--gpus", "8"), "on which overrides and --gpus have no effect: remove them, or --rule"),
-        (("m", "student.epochs=2", "--rule", "simple"), "on which overrides and --gpus have no effect: remove them, or --rule"),
-        (("--params", "1B"), "give the YAML file of a run; one model by itself is counted with --rule"),
+        (("--params", "1B", "--rule", "simple", "--gpus", "8"), "--gpus, --nodes and --rows have no effect: remove them, or --rule"),
+        (("m", "student.epochs=2", "--rule", "simple"), "on which overrides, --gpus, --nodes and --rows have no effect"),
+        (("m", "student.epochs=2"), "one model is planned by itself, on which overrides and --rows have no effect"),
+        (("--params", "1B", "--rows", "5"), "one model is planned by itself, on which overrides and --rows have no effect"),
+        ((), "give a configuration, a model (its folder, config.json or hub id), or --params, such as --params 70B"),
         (("--params", "1B", "--rule", "mine"), "--rule is mine: give simple, accelerate or deepspeed"),
     ):
         status, _, error = stepdown("plan", *arguments)
@@ -217,10 +219,21 @@ def test_plan_as_a_table_and_as_json() -> None:
     options = ("--gpu", "A100-80", "--gpus", "8", "--params", "70B")
     status, output, _ = stepdown("plan", "mine.yaml", "student.zero_stage=2", *options)
     assert status == 0
-    assert output.splitlines()[0] == "8 x A100-80GB, 80.0 GB each; bytes a process, without activations"
+    assert output.splitlines()[0] == "8 x A100-80GB, 80.0 GB each, 75.0 GB of them usable"
     assert "ZeRO-2" in output
     made = json.loads(stepdown("plan", "mine.yaml", *options, "--json")[1])
-    assert (made["teacher"]["sharding"], made["teacher"]["weight_bytes_per_gpu"]) == ("tensor", 35_000_000_000)
+    assert (made["teacher"]["plan"]["sharding"], made["teacher"]["plan"]["tensor_degree"]) == ("tensor", 4)
+    assert made["sentence"].startswith("On 8 x A100-80GB the teacher fits split over 4 ")
+
+
+def test_plan_of_one_model() -> None:
+    status, output, _ = stepdown("plan", "--params", "175B", "--gpus", "8", "--nodes", "4")
+    assert status == 0
+    assert output.startswith("4 nodes of 8 x A100-80GB")
+    assert json.loads(stepdown("plan", "--params", "8B", "--gpu", "mine=48GB", "--json")[1])["devices"]["name"] == "mine"
+
+
+def test_plan_refuses_a_gpu_that_is_not_there() -> None:
     assert stepdown("plan", "mine.yaml", "--gpu", "V100")[2].startswith(
         "error: --gpu is V100, which the table does not have; it has: A100-40GB"
     )

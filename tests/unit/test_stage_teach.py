@@ -20,6 +20,7 @@ from data.soft_labels import AnswerDistribution, SoftLabels, TopK
 from data.store import CHUNK, MANIFEST, STORE, missing_chunks, read_records, shard_path
 from data.tasks import Task
 from launch import worker
+from launch.architecture import assumed_architecture
 from launch.config import Config
 from launch.pipeline import Stage
 from train.config import TeacherConfig, TrackingConfig
@@ -560,7 +561,7 @@ def test_auto_takes_the_cheapest_layout_that_fits(
 ) -> None:
     monkeypatch.setattr(worker, "detect", lambda: [SimpleNamespace(memory_bytes=80 * GB)])
     monkeypatch.setattr(worker, "memory_bytes", lambda: host)
-    monkeypatch.setattr(worker, "_teacher_parameters", lambda *_: parameters)
+    monkeypatch.setattr(worker, "_teacher_shape", lambda *_: assumed_architecture(parameters))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     config = cast(Config, SimpleNamespace(teacher=TeacherConfig(source="deepspeed", model="a/b")))
     assert worker._layout(config, None, World(0, size, torch.device("cuda"))) == layout
@@ -569,10 +570,10 @@ def test_auto_takes_the_cheapest_layout_that_fits(
 def test_a_teacher_that_nothing_holds_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "detect", lambda: [SimpleNamespace(memory_bytes=80 * GB)])
     monkeypatch.setattr(worker, "memory_bytes", lambda: 500 * GB)
-    monkeypatch.setattr(worker, "_teacher_parameters", lambda *_: 405 * GB)
+    monkeypatch.setattr(worker, "_teacher_shape", lambda *_: assumed_architecture(405 * GB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     config = cast(Config, SimpleNamespace(teacher=TeacherConfig(source="deepspeed", model="a/b")))
-    with pytest.raises(ValueError, match=r"^teacher\.model does not fit: 405,000,000,000 parameters in bf16 take .*: use at least 14 such"):
+    with pytest.raises(ValueError, match=r"^teacher\.model does not fit: 405,000,000,000 parameters in bf16 take .*: use at least 16 such"):
         worker._layout(config, None, World(0, 1, torch.device("cuda")))
 
 
