@@ -85,7 +85,7 @@ def _accelerate(size: Size) -> list[Estimate]:
         _spread(f"training, {name}", max(accelerate_training(total, mixed=mixed).values()), _GIB)
         for name, mixed in (("fp32", False), ("bf16", True))
     ]
-    return inference + training
+    return [*inference, *training, _added_up(size)]
 
 
 def zero2_bytes(size: Size, gpus: int) -> int:
@@ -102,8 +102,13 @@ def _deepspeed(size: Size) -> list[Estimate]:
     return [
         Estimate("training, ZeRO-2", zero2_bytes(size, 1), lambda gpus: zero2_bytes(size, gpus), _GIB),
         Estimate("training, ZeRO-3", zero3_bytes(size, 1), lambda gpus: zero3_bytes(size, gpus), _GIB),
-        _spread("training, 18 bytes a parameter", 18 * size.parameters, _GIB),
+        _added_up(size),
     ]
+
+
+def _added_up(size: Size) -> Estimate:
+    """What all of DeepSpeed's processes hold between them: weights, gradients and states, nothing left out and nothing twice."""
+    return _spread("training, all added up", 18 * size.parameters, _GIB)
 
 
 def _spread(what: str, total: int, unit: int) -> Estimate:

@@ -16,7 +16,8 @@ _SHOWN = ("A100-40GB", "A100-80GB", "H200-141GB", "L4")
 _COUNTED: dict[Rule, str] = {
     "simple": "Weights alone; gigabytes of 10^9 bytes. Activations, caches and the GPU's own overhead come on top.",
     "accelerate": "As `accelerate estimate-memory` counts: for training the largest of weights, gradients and an optimizer's step, which "
-    "are not added up; GiB over the GPU's nominal gigabytes. Activations come on top.",
+    "are not added up; the last line adds them up: DeepSpeed's 18 bytes a parameter. GiB over the GPU's nominal gigabytes. Activations "
+    "come on top.",
     "deepspeed": "As DeepSpeed's estimators count, without offload: weights, gradients and AdamW's states; GiB over the GPU's nominal "
     "gigabytes. Activations and buffers come on top.",
 }

@@ -106,8 +106,8 @@ def test_the_well_known_figures() -> None:
     assert fewest("simple", llama, "inference, bf16", A100_40) == 4
     assert fewest("accelerate", llama, "inference, bf16", A100_40) == 4
     assert fewest("accelerate", llama, "training, bf16", A100_40) == 13
-    assert fewest("deepspeed", llama, "training, 18 bytes a parameter", A100_40) == 29
-    assert fewest("deepspeed", llama, "training, 18 bytes a parameter", A100_80) == 15
+    assert fewest("deepspeed", llama, "training, all added up", A100_40) == 29
+    assert fewest("deepspeed", llama, "training, all added up", A100_80) == 15
 
 
 def test_what_no_number_of_gpus_holds_is_none() -> None:
