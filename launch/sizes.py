@@ -97,11 +97,14 @@ def fetched(model: str) -> Path:
         ValueError: if it is no hub id.
         RuntimeError: if the hub does not give it.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell each of its retries
     try:
+        if isinstance(cached := try_to_load_from_cache(model, CONFIG), str):
+            return Path(cached)
+        get_hf_file_metadata(hf_hub_url(model, CONFIG))  # without a network it fails at once, the download after half a minute
         return Path(hf_hub_download(model, CONFIG))
     except HFValidationError:
         raise ValueError(f"{model} is no YAML file, no folder with a {CONFIG}, and no hub id") from None
