@@ -9,15 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
-CONTEXT_BYTES = 1_000_000_000
-"""Of a GPU's memory that torch's allocator never sees: the CUDA context, libraries, NCCL's buffers.
+CONTEXT_BYTES = 900_000_000
+"""Of a GPU's memory that torch's allocator never sees: the CUDA context and libraries.
 
-Source: measured by tests/bench/memory.py.
+Source: 0.79 to 0.88 GB on an H200, torch 2.11 (tests/bench/memory.py).
+"""
+NCCL_BYTES = 1_300_000_000
+"""What it does not see besides where processes talk to each other: NCCL's buffers.
+
+Source: 2.18 to 2.21 GB with the context, on two H200 (tests/bench/memory.py).
 """
 MARGIN = 0.05
 """Share of a GPU's memory left to what lies free in torch's cache in pieces too small for what is asked for next.
 
-Source: most that torch had reserved beyond what was allocated, tests/bench/memory.py.
+Source: torch had reserved a median of 5 % more than was allocated (tests/bench/memory.py). Up to 6 GB more under ZeRO 2 and 3, but whole
+pieces among it are given back where memory runs short.
 """
 
 
@@ -42,9 +48,17 @@ class Memory:
     teacher: int = 0
     """A live teacher's weights, beside the student."""
 
+    recorded: int = 0
+    """The pool of recorded passes (CUDA graphs); torch reserves it, and counts nothing in it as allocated between passes."""
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` is to say."""
+        return self.total - self.recorded
+
     @property
     def total(self) -> int:
-        """All of it: what `torch.cuda.max_memory_allocated` is to say."""
+        """All of it."""
         return sum(asdict(self).values())
 
     def __add__(self, other: Memory) -> Memory:
@@ -57,6 +71,11 @@ def fullest(moments: Iterable[Memory]) -> Memory:
     return max(moments, key=lambda memory: memory.total)
 
 
-def usable_bytes(gpu_memory_bytes: int) -> int:
-    """Of a GPU, for what `Memory` counts: without the context and the margin for fragmentation."""
-    return max(0, int(gpu_memory_bytes * (1 - MARGIN)) - CONTEXT_BYTES)
+def outside_bytes(processes: int) -> int:
+    """What torch's allocator never sees, of a GPU that one of so many processes has to itself."""
+    return CONTEXT_BYTES + (NCCL_BYTES if processes > 1 else 0)
+
+
+def usable_bytes(gpu_memory_bytes: int, processes: int) -> int:
+    """Of a GPU, for what `Memory` counts: without context, NCCL and the margin for fragmentation."""
+    return max(0, int(gpu_memory_bytes * (1 - MARGIN)) - outside_bytes(processes))

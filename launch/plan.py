@@ -70,7 +70,8 @@ def teacher_plan(
         sharding: look at this way alone.
     """
     how = how or Inference()
-    gpus, usable = gpus_per_node * nodes, usable_bytes(gpu_memory_bytes)
+    gpus = gpus_per_node * nodes
+    usable = usable_bytes(gpu_memory_bytes, gpus)
     ways = [way for way in _ways(model, gpus_per_node, gpus, how) if sharding in ("auto", way.sharding)]
     slots = [most_slots(model, way, usable) for way in ways]
     best = next((n for n, count in enumerate(slots) if count >= FEWEST_SLOTS), slots.index(max(slots))) if slots else 0
@@ -114,8 +115,12 @@ def tensor_degrees(model: Architecture, gpus_per_node: int) -> list[int]:
 
 def fewest_teacher_gpus(model: Architecture, gpu_memory_bytes: int, how: Inference | None = None) -> int | None:
     """GPUs, in nodes of `GPUS_A_NODE`, that hold one copy with a request; None where no number does."""
-    how, usable = how or Inference(), usable_bytes(gpu_memory_bytes)
-    return _fewest(lambda node, gpus: any(most_slots(model, way, usable) for way in _ways(model, node, gpus, how)))
+
+    def fits(node: int, gpus: int) -> bool:
+        usable = usable_bytes(gpu_memory_bytes, gpus)
+        return any(most_slots(model, way, usable) for way in _ways(model, node, gpus, how or Inference()))
+
+    return _fewest(fits)
 
 
 def fewest_gpus(num_bytes: int, gpu_memory_bytes: int) -> int:
@@ -250,9 +255,12 @@ def fewest_student_gpus(model: Architecture, step_on: Callable[[int], Step], gpu
         step_on: the step as the configuration has it on so many GPUs.
         gpu_memory_bytes: of one GPU, all of it.
     """
-    usable = usable_bytes(gpu_memory_bytes)
-    found = _fewest(lambda _, gpus: student_plan(model, step_on(gpus), usable).fits)
-    return None if found is None else (found, student_plan(model, step_on(found), usable))
+
+    def plan(gpus: int) -> StudentPlan:
+        return student_plan(model, step_on(gpus), usable_bytes(gpu_memory_bytes, gpus))
+
+    found = _fewest(lambda _, gpus: plan(gpus).fits)
+    return None if found is None else (found, plan(found))
 
 
 def gigabytes(num_bytes: int) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.inference_memory import FEWEST_SLOTS
-from launch.memory import CONTEXT_BYTES, Memory
+from launch.memory import Memory, outside_bytes
 from launch.plan import gigabytes
 from launch.planning import RunPlan, TrainingPart
 from launch.report_html import MISSING, count
@@ -25,6 +25,7 @@ _NAMES = {
     "cache": "Keys and values",
     "buffers": "Communication",
     "teacher": "Live teacher",
+    "recorded": "Recorded passes",
 }
 
 
@@ -86,8 +87,9 @@ def _components(plan: RunPlan) -> Table | None:
         if any(sizes):
             table.add_row(_NAMES[each.name], *(gigabytes(size) if size else MISSING for size in sizes))
     if plan.devices.on_gpu and plan.devices.memory_bytes and plan.devices.usable_bytes:
-        margin = plan.devices.memory_bytes - plan.devices.usable_bytes - CONTEXT_BYTES
-        table.add_row("CUDA context", *[gigabytes(CONTEXT_BYTES)] * len(parts))
+        outside = outside_bytes(plan.devices.processes)
+        margin = plan.devices.memory_bytes - plan.devices.usable_bytes - outside
+        table.add_row("CUDA context, NCCL", *[gigabytes(outside)] * len(parts))
         table.add_row("Fragmentation margin", *[gigabytes(margin)] * len(parts))
     table.add_row(
         "In all, at the fullest", *(gigabytes(memory.total + _outside(plan)) if memory.total else MISSING for _, memory in parts.values())

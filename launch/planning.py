@@ -61,7 +61,7 @@ class Devices:
         """By process, for what is counted."""
         if self.memory_bytes is None:
             return None
-        return usable_bytes(self.memory_bytes) if self.on_gpu else int(self.memory_bytes * _CPU_SHARE / self.per_node)
+        return usable_bytes(self.memory_bytes, self.processes) if self.on_gpu else int(self.memory_bytes * _CPU_SHARE / self.per_node)
 
 
 @dataclass(frozen=True, slots=True)

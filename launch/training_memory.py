@@ -11,7 +11,7 @@ Sources, beside the code of train/: Rajbhandari et al., ZeRO (arXiv 1910.02054),
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from launch.architecture import Architecture
@@ -19,10 +19,8 @@ from launch.memory import Memory, fullest
 
 _BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once (`train.engine`)."""
-_REUSE = 1_000_000_000
-"""Elements within which ZeRO-3 keeps a gathered weight that is needed again (`stage3_max_reuse_distance`)."""
-_PREFETCH = 50_000_000
-"""Elements that ZeRO-3 gathers ahead (`stage3_prefetch_bucket_size`)."""
+_LIVE = 1_000_000_000
+"""Elements of weights that ZeRO-3 holds whole at once, as a weight is kept that is soon needed again (`stage3_max_live_parameters`)."""
 _SUB_GROUP = 1_000_000_000
 """Elements that ZeRO-3 updates at once (`sub_group_size`)."""
 _CHUNK_BYTES = 256 * 2**20
@@ -51,6 +49,8 @@ class Step:
     offload: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    graphs: bool = False
+    """Whole passes are recorded as CUDA graphs."""
     adapters: int | None = None
     """Parameters of LoRA's adapters; None where all weights are trained."""
     masked: int = 0
@@ -65,8 +65,12 @@ class Step:
 
 
 def training_memory(model: Architecture, step: Step) -> Memory:
-    """The fullest moment of training, on each of the step's processes."""
-    return fullest(moments(model, step).values())
+    """The fullest moment of training, on each of the step's processes.
+
+    A recorded pass has its own pool of memory, of the size of what plain passes leave free in torch's: the first of a size runs as it is.
+    """
+    most = fullest(moments(model, step).values())
+    return replace(most, recorded=most.activations + most.head) if step.graphs else most
 
 
 def host_bytes(model: Architecture, step: Step) -> int:
@@ -178,14 +182,8 @@ def _lasting_buffers(model: Architecture, step: Step) -> int:
     if step.zero_stage in (1, 2):
         return step.element * max(model.embedding, model.largest_matrix) if step.offload else 0
     if step.zero_stage == 3:
-        return step.element * (_bucket(model, step) + _gathered(model))
+        return step.element * (_bucket(model, step) + min(model.parameters, _LIVE))
     return 0
-
-
-def _gathered(model: Architecture) -> int:
-    """Weights that ZeRO-3 holds whole between forward and backward: head, the last layers, and what is fetched ahead."""
-    layers = max(model.layer, (_REUSE - 2 * model.embedding) // 2)
-    return min(model.parameters, model.embedding + min(model.body, layers) + _PREFETCH)
 
 
 def _backward_buffers(model: Architecture, step: Step) -> int:

@@ -85,6 +85,7 @@ def step_of(
         offload=config.offload_optimizer,
         checkpointing=config.activation_checkpointing,
         compiled=compiled,
+        graphs=compiled and stage == 0 and config.compile != "layers" and model.packs,
         adapters=adapter_parameters(model, lora.rank, lora.modules) if lora is not None else None,
         masked=model.body if prune is not None and prune.makes_zeros and prune.epochs else 0,
         live=live,

@@ -219,7 +219,7 @@ def test_plan_as_a_table_and_as_json() -> None:
     options = ("--gpu", "A100-80", "--gpus", "8", "--params", "70B")
     status, output, _ = stepdown("plan", "mine.yaml", "student.zero_stage=2", *options)
     assert status == 0
-    assert output.splitlines()[0] == "8 x A100-80GB, 80.0 GB each, 75.0 GB of them usable"
+    assert output.splitlines()[0] == "8 x A100-80GB, 80.0 GB each, 73.8 GB of them usable"
     assert "ZeRO-2" in output
     made = json.loads(stepdown("plan", "mine.yaml", *options, "--json")[1])
     assert (made["teacher"]["plan"]["sharding"], made["teacher"]["plan"]["tensor_degree"]) == ("tensor", 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from launch.architecture import Architecture, architecture_of, assumed_architecture
 from launch.inference_memory import Inference, cache_token_bytes, decoding_memory, most_slots, scoring_memory, teacher_memory
-from launch.memory import CONTEXT_BYTES, Memory, fullest, usable_bytes
+from launch.memory import CONTEXT_BYTES, NCCL_BYTES, Memory, fullest, outside_bytes, usable_bytes
 from launch.training_memory import Step, adapter_parameters, head_rows, host_bytes, kept_activations, moments, token_bytes, training_memory
 
 GB = 10**9
@@ -92,8 +94,15 @@ def test_memory_adds_up_and_the_fullest_is_taken() -> None:
     small, large = Memory(weights=3), Memory(weights=1, cache=3)
     assert (small + large).total == 7
     assert fullest([small, large]) is large
-    assert usable_bytes(80 * GB) == 76 * GB - CONTEXT_BYTES
-    assert usable_bytes(CONTEXT_BYTES) == 0
+    assert usable_bytes(80 * GB, 1) == 76 * GB - CONTEXT_BYTES
+    assert usable_bytes(80 * GB, 2) == 76 * GB - CONTEXT_BYTES - NCCL_BYTES
+    assert usable_bytes(CONTEXT_BYTES, 1) == 0
+
+
+def test_recorded_passes_have_a_pool_of_their_own() -> None:
+    plain, recorded = training_memory(ONE_B, step(compiled=True)), training_memory(ONE_B, step(compiled=True, graphs=True))
+    assert recorded.recorded == plain.activations + plain.head
+    assert (recorded.allocated, recorded.total) == (plain.total, plain.total + recorded.recorded)
 
 
 # ----- against what others count -----
@@ -209,3 +218,104 @@ def test_the_requests_that_find_room_fit(model: Architecture, gigabytes: int) ->
     assert 0 <= slots <= 256
     if slots:
         assert teacher_memory(model, replace(how, slots=slots)).total <= usable
+
+
+# ----- against GPUs -----
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED: dict[str, Any] = json.loads((ROOT / "tests" / "bench" / "memory.json").read_text())
+"""What tests/bench/memory.py found, by case; `peak_bytes` without what was allocated before it."""
+ROWS: dict[str, dict[str, Any]] = {row["case"]: row for row in MEASURED["rows"]}
+
+
+def shape(name: str) -> Architecture:
+    sizes = MEASURED["machine"][name]
+    keys = {"width": "hidden_size", "neurons": "intermediate_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    keys |= {"key_value_heads": "num_key_value_heads", "vocabulary": "vocab_size", "tied": "tie_word_embeddings"}
+    return architecture_of({"model_type": "llama", **{keys[key]: value for key, value in sizes.items()}})
+
+
+def predicted(row: dict[str, Any]) -> Memory:
+    settings, seen = row["settings"], row["seen"]
+    if row["kind"] == "training":
+        config, student = settings["config"], shape("student")
+        lora = config.get("lora")
+        return training_memory(
+            student,
+            Step(
+                processes=row["gpus"],
+                zero_stage=config["zero_stage"],
+                precision=config["precision"],
+                tokens=seen["tokens"],
+                targets=seen["targets"],
+                longest=seen["longest"],
+                forwards=settings["forwards"],
+                offload=config.get("offload_optimizer", False),
+                checkpointing=config.get("activation_checkpointing", False),
+                compiled=config["compile"] != "off",
+                graphs=config["compile"] == "graphs",
+                adapters=adapter_parameters(student, lora["rank"], None) if lora else None,
+                masked=student.body if settings["masked"] else 0,
+                live=student if settings["soft"] == "live" else None,
+            ),
+        )
+    sharding = settings["sharding"]
+    how = Inference(sharding, 1 if sharding == "replica" else row["gpus"])
+    if row["kind"] == "decode":
+        return decoding_memory(shape("teacher"), replace(how, prompt=settings["prompt"], new=settings["new"], slots=settings["batch"]))
+    return scoring_memory(shape("teacher"), replace(how, scored=seen["tokens"], rows=seen["rows"]))
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_gpu_needs_what_is_predicted(case: str) -> None:
+    assert predicted(ROWS[case]).allocated == pytest.approx(ROWS[case]["peak_bytes"], rel=0.1)
+
+
+def test_recorded_passes_take_what_torch_reserved() -> None:
+    rows = [row for row in MEASURED["rows"] if row["settings"].get("config", {}).get("compile") == "graphs"]
+    assert rows
+    for row in rows:
+        assert predicted(row).total == pytest.approx(row["reserved_bytes"], rel=0.1)
+
+
+def test_the_driver_counts_what_is_left_to_it() -> None:
+    for row in MEASURED["rows"]:
+        assert row["outside_bytes"] <= 1.02 * outside_bytes(row["gpus"])
+
+
+def named(row: dict[str, Any]) -> str:
+    settings, seen = row["settings"], row["seen"]
+    if row["kind"] == "decode":
+        return f"the teacher writes, `{settings['sharding']}`, {settings['batch']} at once"
+    if row["kind"] == "score":
+        return f"the teacher scores, `{settings['sharding']}`, {seen['tokens']:,} tokens, {settings['format']}"
+    config = settings["config"]
+    knobs = {
+        "LoRA": "lora" in config,
+        "fp32": config["precision"] == "fp32",
+        "activation checkpointing": config.get("activation_checkpointing", False),
+        "offloaded": config.get("offload_optimizer", False),
+        "masks": settings["masked"],
+        "top-k soft labels": settings["soft"] == "top_k",
+        "a live teacher of its size": settings["soft"] == "live",
+        "compiled": config["compile"] == "layers",
+        "compiled and recorded": config["compile"] == "graphs",
+    }
+    forwards = f"{settings['forwards']} x {seen['tokens']:,} tokens"
+    return ", ".join([f"ZeRO-{config['zero_stage']}", *(name for name, on in knobs.items() if on), forwards])
+
+
+def readme_rows() -> list[str]:
+    """The README's table, which is held to these figures."""
+    found = []
+    for row in MEASURED["rows"]:
+        told, peak = predicted(row).allocated, row["peak_bytes"]
+        figures = f"{row['gpus']} | {told / GB:.1f} GB | {peak / GB:.1f} GB | {100 * (told / peak - 1):+.1f} %"
+        found.append(f"| {named(row)} | {figures} |")
+    return found
+
+
+def test_the_readme_shows_these_figures() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for row in readme_rows():
+        assert row in readme

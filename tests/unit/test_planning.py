@@ -13,6 +13,7 @@ from launch import planning, sizes
 from launch.architecture import assumed_architecture
 from launch.config import Config, validate
 from launch.hardware import DetectedGpu
+from launch.memory import CONTEXT_BYTES
 from launch.parameters import parameters_of
 from launch.plan_tables import as_document, render, sentence
 from launch.planning import RunPlan, plan_model, plan_run
@@ -85,7 +86,7 @@ def test_a_70b_teacher_on_eight_gpus() -> None:
     assert plan.teacher.gpus == {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
     assert sentence(plan).startswith("On 8 x A100-80GB the teacher fits split over 4 and writes 256 answers at once (one copy over 4 GPUs")
     lines = shown(plan)
-    assert lines[0] == "8 x A100-80GB, 80.0 GB each, 75.0 GB of them usable"
+    assert lines[0] == "8 x A100-80GB, 80.0 GB each, 73.8 GB of them usable"
     assert lines[2].split() == ["Bytes", "a", "process", "Teacher", "Tuning", "Student"]
     gpus = lines[next(n for n, line in enumerate(lines) if line.startswith("Fewest GPUs")) + 1 :]
     assert [line.split()[0] for line in gpus if line and not line[0].isspace()][:3] == ["A100-40GB", "A100-80GB", "H100-80GB"]
@@ -106,9 +107,9 @@ def test_components_add_up_to_what_is_used() -> None:
     assert document["sentence"] == sentence(plan)
     assert plan.student is not None
     rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in shown(plan) if line.endswith(("GB", "MB"))}
-    assert rows["CUDA context"] == ["1.0", "GB"]
+    assert rows["CUDA context, NCCL"] == ["2.2", "GB"]
     assert rows["Fragmentation margin"] == ["4.0", "GB"]
-    total = (plan.student.plan.memory.total + 5 * 10**9) / 1e9
+    total = (plan.student.plan.memory.total + 4 * 10**9 + 2.2e9) / 1e9
     assert rows["In all, at the fullest"] == [f"{total:.1f}", "GB"]
 
 
@@ -117,7 +118,7 @@ def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = json.loads(capsys.readouterr().out)
     assert (plan["devices"]["name"], plan["devices"]["per_node"], plan["teacher"]["plan"]["sharding"]) == ("L4", 1, "replica")
     assert plan["student"]["plan"]["step"]["zero_stage"] == 0
-    assert plan["usable_bytes"] == int(24e9 * 0.95) - 10**9
+    assert plan["usable_bytes"] == int(24e9 * 0.95) - CONTEXT_BYTES
     assert set(plan["student"]["layout_bytes"]) == {"ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "offloaded"}
 
 
