@@ -297,6 +297,7 @@ class ShardedEngine:
         shapes = {p: p.ds_shape for p in self._attributes} if self.zero_stage == 3 else {}
         self._masks.release()
         self._engine.destroy()
+        _forget_modules(self._deepspeed)
         for module in self.module.modules():
             module._parameters = module.__dict__.pop("_original_parameters", module._parameters)
         for parameter, before in self._attributes.items():
@@ -304,6 +305,19 @@ class ShardedEngine:
                 delattr(parameter, name)
             parameter.grad = None
             parameter.data = torch.full(shapes[parameter], torch.nan) if shapes else parameter.data.to(torch.float32, copy=True)
+
+
+def _forget_modules(deepspeed: Any) -> None:
+    """Empties what ZeRO 3 keeps of modules that it is done with, and with them of all their tensors: a list, and the cache of a method.
+
+    Needed with DeepSpeed 0.19.8, where a model, its gradients and its optimizer stay on the GPU; delete when `destroy` does it.
+    """
+    zero = deepspeed.runtime.zero
+    zero.parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = zero.partitioned_param_coordinator.PartitionedParameterCoordinator
+    for cell in coordinator._PartitionedParameterCoordinator__params_to_release.__closure__:
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def _zero_config(num_trained: int, stage: int, world: World, offload: bool) -> dict[str, Any]:

@@ -9,9 +9,11 @@ follows a # only tells runs apart. A number of tokens must be one at which a ste
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,10 @@ def scored(label: list[int], vocabulary: int, soft: str) -> SoftLabels:
     return Sampled(ids, counts, np.array([len(row) for row, _ in found], np.int32), at_target, draws=20, temperature=0.5)
 
 
+TRAINED: list[weakref.ref[Any]] = []
+"""The models of all trainings."""
+
+
 def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
     """One training of 15 steps: 3 epochs of 5 batches of 8, the last batch short."""
     family, zero_stage, tokens, way = [*name.split("#")[0].split(":"), "top_k"][:4]
@@ -106,6 +112,7 @@ def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
         disabled = TrackingConfig(wandb="disabled")
         return Tracker(folder, disabled, group="test", job_type="train", settings={}, enabled=world.is_main, from_step=step)
 
+    TRAINED.append(weakref.ref(model))
     made = train_checkpoint(model, tokenizer, training, world, tracker, {}, live=teacher)
     if not world.is_main:
         return []
@@ -119,7 +126,11 @@ def train_once(name: str, folder: Path, world: World) -> list[dict[str, float]]:
 def main() -> None:
     out, *names = sys.argv[1:]
     world = start("cpu")
-    found = {name: train_once(name, Path(out).parent / f"{world.size}-{name}", world) for name in names}
+    found = {}
+    for name in names:
+        found[name] = train_once(name, Path(out).parent / f"{world.size}-{name}", world)
+        gc.collect()
+        assert TRAINED[-1]() is None, f"{name}: the trained model, and with it what trained it, stays in memory"
     if world.is_main:
         Path(out).write_text(json.dumps(found))
 
