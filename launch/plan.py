@@ -196,8 +196,8 @@ class StudentPlan:
 def student_plan(model: Architecture, step: Step, usable: int) -> StudentPlan:
     """The step as it is, else the cheapest changes that make it fit, in the order of what they cost.
 
-    Smaller forwards first, which only cost launches; then activation checkpointing, a third more arithmetic; then ZeRO 2 and 3, more
-    communication; then an optimizer in the host's memory.
+    Passes that are not recorded first, and smaller forwards, which only cost launches; then activation checkpointing, a third more
+    arithmetic; then ZeRO 2 and 3, more communication; then an optimizer in the host's memory.
 
     Args:
         model: the student.
@@ -212,39 +212,41 @@ def student_plan(model: Architecture, step: Step, usable: int) -> StudentPlan:
     return StudentPlan(step, training_memory(model, step), host_bytes(model, step), False, ())
 
 
-def _changes(step: Step) -> Iterator[tuple[tuple[str, ...], Step]]:
-    """Steps that need less and less, with the overrides that make them."""
-    yield (), step
-    sizes = _smaller(step)
+_Change = tuple[tuple[str, ...], Step]
+"""Overrides, and the step that they make."""
+
+
+def _changes(step: Step) -> list[_Change]:
+    """Steps that need less and less, the one that is asked for first."""
+    plain: list[_Change] = [((), step)]
+    if step.graphs:
+        plain.append((("student.compile=layers",), replace(step, graphs=False)))
+    made, least = plain[-1]
+    sized = [plain[-1], *(((*made, override), smaller) for override, smaller in _smaller(least))]
+    changes = plain[:-1] + sized
+    if not step.checkpointing:
+        sized = [((*made, "student.activation_checkpointing=true"), replace(least, checkpointing=True)) for made, least in sized]
+        changes += sized
+    made, least = sized[-1]
     sharded: tuple[Literal[2, 3], ...] = (2, 3)
     stages = [stage for stage in sharded if stage > step.zero_stage and step.processes > 1]
-    for checkpointing in sorted({step.checkpointing, True}):
-        tried = [*sizes] if checkpointing == step.checkpointing else [((), step), *sizes]
-        again = () if checkpointing == step.checkpointing else ("student.activation_checkpointing=true",)
-        for size, changed in tried:
-            yield (*size, *again), replace(changed, checkpointing=checkpointing)
-    again = () if step.checkpointing else ("student.activation_checkpointing=true",)
-    smallest, least = sizes[-1] if sizes else ((), step)
-    least = replace(least, checkpointing=True)
-    for stage in stages:
-        yield (*smallest, *again, f"student.zero_stage={stage}"), replace(least, zero_stage=stage)
+    changes += [((*made, f"student.zero_stage={stage}"), least.under(stage)) for stage in stages]
     if not step.offload and step.adapters is None:
         highest: Literal[0, 1, 2, 3] = stages[-1] if stages else step.zero_stage or 2
-        set_stage = (f"student.zero_stage={highest}",) if highest != step.zero_stage else ()
-        yield (*smallest, *again, *set_stage, "student.offload_optimizer=true"), replace(least, zero_stage=highest, offload=True)
+        made = made if highest == step.zero_stage else (*made, f"student.zero_stage={highest}")
+        changes.append(((*made, "student.offload_optimizer=true"), least.under(highest, offload=True)))
+    return changes
 
 
-def _smaller(step: Step) -> list[tuple[tuple[str, ...], Step]]:
+def _smaller(step: Step) -> Iterator[tuple[str, Step]]:
     """Forwards of 8192, 4096 ... tokens, down to one sequence."""
-    found: list[tuple[tuple[str, ...], Step]] = []
     tokens = 1 << (step.tokens - 1).bit_length() - 1
     while tokens >= step.longest:
         parts = -(-step.tokens // tokens)
         targets = max(1, -(-step.targets // parts))
         smaller = replace(step, tokens=-(-step.tokens // parts), targets=targets, forwards=step.forwards * parts)
-        found.append(((f"student.micro_batch_tokens={tokens}",), smaller))
+        yield f"student.micro_batch_tokens={tokens}", smaller
         tokens //= 2
-    return found
 
 
 def fewest_student_gpus(model: Architecture, step_on: Callable[[int], Step], gpu_memory_bytes: int) -> tuple[int, StudentPlan] | None:

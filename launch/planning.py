@@ -248,8 +248,8 @@ def _training_part(model: Architecture, step: Step, devices: Devices) -> Trainin
     usable = devices.usable_bytes
     plan = student_plan(model, step, 2**63 if usable is None else usable)
     stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
-    layouts = {f"ZeRO-{n}": training_memory(model, replace(step, zero_stage=n, offload=False)).total for n in stages}
-    layouts["offloaded"] = training_memory(model, replace(step, zero_stage=3, offload=True)).total
+    layouts = {f"ZeRO-{n}": training_memory(model, step.under(n)).total for n in stages}
+    layouts["offloaded"] = training_memory(model, step.under(3, offload=True)).total
     return TrainingPart(model.parameters, model.assumed, plan, layouts)
 
 

@@ -63,6 +63,11 @@ class Step:
         """Bytes of a number of the forward pass."""
         return 2 if self.precision == "bf16" else 4
 
+    def under(self, zero_stage: Literal[0, 1, 2, 3], *, offload: bool = False) -> Step:
+        """The same under another ZeRO stage: passes are recorded under 0 alone, and ZeRO 3 compiles nothing."""
+        compiled = self.compiled and zero_stage < 3
+        return replace(self, zero_stage=zero_stage, offload=offload, compiled=compiled, graphs=self.graphs and zero_stage == 0)
+
 
 def training_memory(model: Architecture, step: Step) -> Memory:
     """The fullest moment of training, on each of the step's processes.

@@ -331,6 +331,16 @@ def test_the_cheapest_changes_come_first() -> None:
     assert set(furthest) >= {0, 2, 3}
 
 
+def test_recorded_passes_are_given_up_first() -> None:
+    recorded = step(processes=1, zero_stage=0, compiled=True, graphs=True)
+    whole = student_plan(llama_3("8B"), recorded, 10**12)
+    assert whole.changes == ()
+    less = student_plan(llama_3("8B"), recorded, whole.memory.total - 1)
+    assert less.changes == ("student.compile=layers",)
+    assert (less.step.compiled, less.step.graphs, less.memory.recorded) == (True, False, 0)
+    assert (recorded.under(1).graphs, recorded.under(1).compiled, recorded.under(3).compiled) == (False, True, False)
+
+
 def test_smaller_forwards_take_the_same_step() -> None:
     plan = student_plan(llama_3("8B"), step(zero_stage=3), 60 * GB)
     assert plan.changes[0].startswith("student.micro_batch_tokens=")
