@@ -113,7 +113,7 @@ def plan(
         str | None,
         typer.Option(help="Plan for this GPU in place of what is here: A100-80, H100, L4, ...; one of your own: 48GB, MINE=48GB."),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them on a node.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them on a node (of one model: 8).")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="How many nodes.")] = None,
     params: Annotated[
         str | None, typer.Option(help="Size of the teacher where the configuration does not tell, or of one model: 70B, 175B, ...")

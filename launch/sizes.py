@@ -58,7 +58,10 @@ def sized(model: ModelSource | None, teacher: ModelSource | None, key: str) -> S
 def shape_of(model: str | None, params: str | None) -> tuple[str, Architecture]:
     """A model by itself, and what it is called. Arguments and errors as `size_of`."""
     name, config = _named(model, params)
-    return name, assumed_architecture(parse_parameters(params)) if config is None and params is not None else architecture_of(config or {})
+    if config is not None:
+        return name, architecture_of(config)
+    assert params is not None
+    return name, assumed_architecture(parse_parameters(params))
 
 
 def size_of(model: str | None, params: str | None) -> tuple[str, Size]:

@@ -104,7 +104,8 @@ def moments(model: Architecture, step: Step) -> dict[str, Memory]:
     gradient = step.element * model.embedding if step.adapters is None else 0
     # A tied embedding's gradient from the head waits for that from the embedding itself.
     waiting = gradient if model.tied else 0
-    in_backward = lasting + Memory(gradients=step.element * model.largest_matrix, buffers=_backward_buffers(model, step))
+    one = step.element * model.largest_matrix if step.adapters is None else 0  # a weight's gradient, before it is added to the others
+    in_backward = lasting + Memory(gradients=one, buffers=_backward_buffers(model, step))
     saved = _head_saved(model, step)
     reduced, flattened = _reduction(model, step)
     return {
@@ -185,7 +186,8 @@ def _bucket(model: Architecture, step: Step) -> int:
 def _lasting_buffers(model: Architecture, step: Step) -> int:
     """What ZeRO keeps: a gradient on its way to the host (1, 2); the bucket of gradients, and gathered weights (3)."""
     if step.zero_stage in (1, 2):
-        return step.element * max(model.embedding, model.largest_matrix) if step.offload else 0
+        largest = min(_trained(model, step), max(model.embedding, model.largest_matrix))
+        return step.element * largest if step.offload else 0
     if step.zero_stage == 3:
         return step.element * (_bucket(model, step) + min(model.parameters, _LIVE))
     return 0

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 tests/bench/memory.py OUT.json                      
 torchrun --nproc-per-node 1 tests/bench/memory.py OUT.json                       all cases of one GPU
 torchrun --nproc-per-node 2 tests/bench/memory.py OUT.json --cases 'zero1; zero3'   some of them
 torchrun --nproc-per-node 2 tests/bench/memory.py OUT.json --tiny                a few seconds on a CPU: does it run
+python tests/bench/memory.py tests/bench/memory.json --merge OUT.json ...        what the tests and the README hold predictions against
 
 The product's own code trains (`train.trainer.train`), decodes (`LoopWriter`) and scores (`Scorer`) models of random weights: a student of
 Llama-3.2-1B's shape, a teacher of Llama-3.1-8B's. All sequences of a case have one length, so that every forward takes as many tokens as
@@ -473,6 +474,18 @@ def machine(world: World) -> dict[str, Any]:
     }
 
 
+def merge(out: Path, files: list[Path]) -> None:
+    """The first process's figures of each case that went well, without what was allocated before it, one a line."""
+    found = [json.loads(file.read_text()) for file in files]
+    rows = {}
+    for row in (row for each in found for row in each["rows"] if row["rank"] == 0 and not row["error"]):
+        less = {name: row[name] - row["before_bytes"] for name in ("peak_bytes", "reserved_bytes")}
+        kept = {name: row[name] for name in ("case", "gpus", "kind", "settings", "seen", "outside_bytes")}
+        rows[row["case"]] = json.dumps({**kept, **less})
+    machine = {name: value for name, value in found[0]["machine"].items() if name != "gpus"}
+    out.write_text('{"machine": ' + json.dumps(machine) + ',\n"rows": [\n' + ",\n".join(rows.values()) + "\n]}\n")
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table("case", "rank", "peak GB", "reserved", "outside", "before", "phases, GB")
     for row in rows:
@@ -487,7 +500,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", default="", help="names with a semicolon between them; all where left out")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--merge", nargs="+", type=Path, help="files that earlier runs wrote")
     options = parser.parse_args()
+    if options.merge:
+        merge(options.out, options.merge)
+        return
     world = start()
     cases = ONE if world.size == 1 else TWO
     asked = [name.strip() for name in options.cases.split(";")] if options.cases else list(cases)

@@ -20,7 +20,7 @@ from data.soft_labels import AnswerDistribution, SoftLabels, TopK
 from data.store import CHUNK, MANIFEST, STORE, missing_chunks, read_records, shard_path
 from data.tasks import Task
 from launch import worker
-from launch.architecture import assumed_architecture
+from launch.architecture import Architecture, assumed_architecture
 from launch.config import Config
 from launch.pipeline import Stage
 from train.config import TeacherConfig, TrackingConfig
@@ -575,6 +575,27 @@ def test_a_teacher_that_nothing_holds_is_refused_with_what_would(monkeypatch: py
     config = cast(Config, SimpleNamespace(teacher=TeacherConfig(source="deepspeed", model="a/b")))
     with pytest.raises(ValueError, match=r"^teacher\.model does not fit: 405,000,000,000 parameters in bf16 take .*: use at least 16 such"):
         worker._layout(config, None, World(0, 1, torch.device("cuda")))
+
+
+def test_a_teachers_shape_is_read_from_its_configuration(tmp_path: Path) -> None:
+    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, saved in {
+        "llama": {"model_type": "llama", **llama, "vocab_size": 300},
+        "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "llama").rename(tmp_path / "tuned" / "model")
+
+    def shape(model: str, tuned: Path | None = None) -> Architecture:
+        return worker._teacher_shape(
+            cast(Config, SimpleNamespace(teacher=TeacherConfig(source="deepspeed", model=model, tune={} if tuned else None))), tuned
+        )
+
+    known = shape("a/b", tmp_path / "tuned")
+    assert (known.heads, known.key_value_heads, known.layers, known.assumed) == (4, 2, 2, False)
+    assert shape(str(tmp_path / "gpt2")).assumed, "an architecture that the plan does not know has the shape of its size"
 
 
 def test_what_the_configuration_says_is_taken() -> None:
