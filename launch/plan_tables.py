@@ -11,7 +11,7 @@ from rich.table import Table
 
 from launch.inference_memory import FEWEST_SLOTS
 from launch.memory import Memory, outside_bytes
-from launch.plan import gigabytes
+from launch.plan import GPUS_A_NODE, gigabytes
 from launch.planning import RunPlan, TrainingPart
 from launch.report_html import MISSING, count
 
@@ -117,8 +117,10 @@ def _choices(plan: RunPlan) -> Table | None:
     return table if table.row_count else None
 
 
-def _number(value: int | None) -> str:
-    return MISSING if value is None else f"{value:,}"
+def _number(value: int | None, *, nodes: bool = False) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:,} ({value // GPUS_A_NODE} nodes)" if nodes and value > GPUS_A_NODE else f"{value:,}"
 
 
 def _gpus(plan: RunPlan) -> Table | None:
@@ -129,7 +131,9 @@ def _gpus(plan: RunPlan) -> Table | None:
     table.columns[-1].no_wrap = False
     for row in plan.gpus:
         changes = " ".join(change.removeprefix("student.") for change in row.changes)
-        table.add_row(row.name + ("" if row.has_bf16 else " (no bf16)"), _number(row.teacher), _number(row.student), changes)
+        table.add_row(
+            row.name + ("" if row.has_bf16 else " (no bf16)"), _number(row.teacher, nodes=True), _number(row.student, nodes=True), changes
+        )
     return table
 
 

@@ -101,6 +101,11 @@ def test_tables_fit_eighty_columns(params: str) -> None:
     assert max(len(line) for line in text[: text.index("", text.index(next(line for line in text if line.startswith("RTX"))))]) <= 80
 
 
+def test_more_than_a_node_are_whole_nodes() -> None:
+    lines = shown(plan_run(config(), gpu="A100-80", gpus=8, params="405B"))
+    assert any(line.split()[:4] == ["A100-80GB", "16", "(2", "nodes)"] for line in lines)
+
+
 def test_components_add_up_to_what_is_used() -> None:
     plan = plan_run(config(), gpu="A100-80", gpus=8, params="70B")
     document = as_document(plan)
