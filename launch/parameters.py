@@ -141,10 +141,13 @@ _COUNTERS: dict[str, Callable[[Mapping[str, Any]], int]] = {
 }
 
 
-def parameters_of(
-    model: str | ScratchModel | CutModel, *, vocabulary: int, teacher: str | ScratchModel | CutModel | None = None
-) -> int | None:
-    """Parameters of a model as the configuration names it, without loading it.
+def is_known(config_json: Mapping[str, Any]) -> bool:
+    """The parameters of its architecture can be counted."""
+    return config_json.get("model_type") in _COUNTERS
+
+
+def config_of(model: ModelSource, *, vocabulary: int, teacher: ModelSource | None = None) -> dict[str, Any] | None:
+    """The config.json of a model as the configuration names it, without loading it.
 
     Args:
         model: what stands under `model`.
@@ -152,19 +155,8 @@ def parameters_of(
         teacher: the model that a `{cut_from: teacher}` is cut from.
 
     Returns:
-        The number; None where only reading the weights would tell: a hub id, a GGUF file, a package's file, an unknown architecture.
+        The mapping; None where only its files would tell: a hub id, a GGUF file, a package's file.
     """
-    config = config_of(model, vocabulary=vocabulary, teacher=teacher)
-    return None if config is None or not is_known(config) else count_parameters(config)
-
-
-def is_known(config_json: Mapping[str, Any]) -> bool:
-    """The parameters of its architecture can be counted."""
-    return config_json.get("model_type") in _COUNTERS
-
-
-def config_of(model: ModelSource, *, vocabulary: int, teacher: ModelSource | None = None) -> dict[str, Any] | None:
-    """The config.json of a model as the configuration names it; None where only its files would tell. Arguments as `parameters_of`."""
     config = _config_of(teacher if isinstance(model, CutModel) else model, vocabulary)
     return _cut(config, model) if config is not None and isinstance(model, CutModel) and is_known(config) else config
 

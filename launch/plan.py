@@ -123,11 +123,6 @@ def fewest_teacher_gpus(model: Architecture, gpu_memory_bytes: int, how: Inferen
     return _fewest(fits)
 
 
-def fewest_gpus(num_bytes: int, gpu_memory_bytes: int) -> int:
-    """How many GPUs hold that many bytes between them."""
-    return -(-num_bytes // gpu_memory_bytes)
-
-
 def _fewest(fits: Callable[[int, int], bool]) -> int | None:
     """The least number of GPUs that fits: of one node, then of whole nodes.
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.architecture import Architecture, architecture_of
+from launch.architecture import Architecture, architecture_of, assumed_architecture
+from launch.estimators import Size, estimates
 from launch.inference_memory import Inference, weight_bytes
-from launch.parameters import count_parameters, family_of, parameters_of, parse_parameters
+from launch.parameters import config_of, count_parameters, family_of, is_known, parse_parameters
 from launch.plan import (
     cpu_teacher_plan,
-    fewest_gpus,
     fewest_student_gpus,
     fewest_teacher_gpus,
     student_plan,
@@ -160,11 +160,13 @@ def test_sixteen_bits_take_two_gigabytes_a_billion() -> None:
 
 
 def test_a_teacher_of_175_billion_takes_350_gigabytes_or_five_gpus_of_80() -> None:
-    weights = weight_bytes(parse_parameters("175B"), "fp16")
-    assert weights == 350 * GB
-    assert fewest_gpus(weights, 80 * GB) == 5
-    assert fewest_gpus(400 * GB, 80 * GB) == 5
-    assert fewest_gpus(400 * GB + 1, 80 * GB) == 6
+    size = Size(parse_parameters("175B"), 0, 0)
+    assert weight_bytes(size.parameters, "fp16") == 350 * GB
+    inference = next(estimate for estimate in estimates("simple", size) if estimate.what == "inference, bf16")
+    assert (inference.total_bytes, inference.fewest_gpus(80)) == (350 * GB, 5)
+    ours = fewest_teacher_gpus(assumed_architecture(size.parameters), 80 * GB)
+    assert ours is not None
+    assert ours >= 5, "with activations, keys and values, context and margin"
 
 
 LLAMA_3: dict[str, dict[str, Any]] = {
@@ -172,6 +174,12 @@ LLAMA_3: dict[str, dict[str, Any]] = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
+
+
+def parameters_of(model: Any, *, vocabulary: int, teacher: Any = None) -> int | None:
+    """Of a model as the configuration names it; None where only its files would tell."""
+    config = config_of(model, vocabulary=vocabulary, teacher=teacher)
+    return count_parameters(config) if config is not None and is_known(config) else None
 
 
 def llama_3(name: str) -> Architecture:

@@ -14,7 +14,7 @@ from launch.architecture import assumed_architecture
 from launch.config import Config, validate
 from launch.hardware import DetectedGpu
 from launch.memory import CONTEXT_BYTES
-from launch.parameters import parameters_of
+from launch.parameters import config_of, count_parameters
 from launch.plan_tables import as_document, render, sentence
 from launch.planning import RunPlan, plan_model, plan_run
 from launch.rules import render_estimates, rule_of
@@ -32,7 +32,7 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10,
 }  # fmt: skip
 FETCHED = sizes.fetched
-SIZE = parameters_of(ScratchModel.model_validate(SMALL), vocabulary=300)
+SIZE = count_parameters(config_of(ScratchModel.model_validate(SMALL), vocabulary=300) or {})
 
 
 def config(teacher: dict[str, Any] | None = None, student: Any = None, **launch: Any) -> Config:
