@@ -66,6 +66,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from launch.config import load_config
+    from launch.lineage import track
     from launch.local import check_all_made, run_pipeline
     from launch.rundir import run_folder
     from launch.summary import report
@@ -75,6 +76,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     finished = run_pipeline(loaded, console)
     folder = run_folder(loaded)
     report(folder, console, frozenset(f.stage.name for f in finished if f.skipped))
+    track(loaded, {f.stage.name: f.stage for f in finished}, reported=True)
     check_all_made(finished)
     deployed = [f.stage for f in finished if f.stage.kind == "deploy"][-1]
     console.print(f"to ship: {deployed.folder / 'model'}", soft_wrap=True, highlight=False, markup=False)
@@ -86,9 +88,13 @@ def _until(kind: str, does: str) -> None:
         from rich.console import Console
 
         from launch.config import load_config
+        from launch.lineage import track
         from launch.local import check_all_made, run_pipeline
 
-        check_all_made(run_pipeline(load_config(config, overrides or ()), Console(), until=kind))
+        loaded = load_config(config, overrides or ())
+        finished = run_pipeline(loaded, Console(), until=kind)
+        track(loaded, {f.stage.name: f.stage for f in finished}, reported=False)
+        check_all_made(finished)
 
     stage.__doc__ = does
     app.command(name=kind)(_told(stage))

@@ -30,7 +30,7 @@ from train.deploy.targets import check_installed, check_possible, target_of
 from train.evaluate import REQUEST, EvalRequest, command
 from train.runtimes import device_for
 from train.signals import PARENT, SIGNALS, STOPPED, handling
-from train.tracking import Tracker
+from train.tracking import COMMAND_VARIABLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,6 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
             finished.append(_finished(stage, stage.name in before) if made_it else Finished(stage, None, skipped=False))
             if made_it:
                 _tell(finished[-1], console)
-        _track([f for f in finished if f.stage.place == "process" and f.artifact is not None and not f.skipped], config, folder)
     return finished
 
 
@@ -130,7 +129,7 @@ def worker_environment(processes: int, cpus: int, device: Literal["auto", "cpu",
     return {
         "OMP_NUM_THREADS": str(max(1, cpus // processes)),
         "TOKENIZERS_PARALLELISM": "false",
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in COMMAND_VARIABLES},
         "PYTHONSAFEPATH": "1",
         PARENT: str(os.getpid()),
         **hidden,
@@ -282,25 +281,6 @@ def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     if status:
         raise RuntimeError(f"{stage.name} ended with status {status}; what is done is kept: the same command goes on from there")
     return True
-
-
-def _track(finished: Sequence[Finished], config: Config, folder: Path) -> None:
-    if not finished:
-        return
-    settings = {"config": config.model_dump(mode="json")}
-    with Tracker(folder / "evaluate", config.tracking, group=config.name, job_type="evaluate", settings=settings, enabled=True) as tracker:
-        for step, found in enumerate(finished, start=1):
-            values = _deployed_figures(found.artifact) if found.stage.kind == "deploy" else _measured_figures(found.artifact)
-            tracker.log(step, {f"{found.stage.detail}/{name}": value for name, value in values.items() if value is not None})
-
-
-def _deployed_figures(made: DeployedModel) -> dict[str, float | None]:
-    return {"bits_a_weight": made.bits_a_weight, "error_nats": made.error_nats, "deploy_seconds": made.seconds}
-
-
-def _measured_figures(result: EvalResult) -> dict[str, float | None]:
-    rates = {f"examples_per_second_batch_{size}": rate for size, rate in (result.examples_per_second or {}).items()}
-    return {"accuracy": result.num_correct / result.num_items, "weight_bytes": result.weight_bytes, **rates}
 
 
 def _tell(found: Finished, console: Console) -> None:

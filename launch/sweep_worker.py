@@ -23,6 +23,7 @@ from launch.sweep import Limits, State
 from launch.sweep_plan import SweepPlan
 from launch.worker import student_inputs
 from train.artifacts import TaskFiles
+from train.background import Background
 from train.progress import StageProgress
 from train.signals import STOPPED, Stopped, die_with_parent
 from train.student.results import Trial, TrialResult
@@ -159,6 +160,8 @@ def main(arguments: Sequence[str]) -> int:
         if not str(error).startswith("stopped because") and tell(1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        Background.drain()
     stop()
     return 0
 

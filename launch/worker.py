@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,12 +18,14 @@ from launch.architecture import Architecture, architecture_of, assumed_architect
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
 from launch.inference_memory import weight_bytes
+from launch.lineage import hand_over
 from launch.parameters import is_known
 from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
 from launch.plan import cpu_teacher_plan, teacher_plan
 from launch.rundir import locked, run_folder, writing
 from launch.workload import inference_of
 from train.artifacts import Artifact, Checkpoint, TaskFiles
+from train.background import Background
 from train.config import Arm
 from train.deploy.targets import TARGETS, check_possible, module_of
 from train.signals import STOPPED, Stopped, die_with_parent
@@ -53,26 +55,29 @@ def run_stages(config: Config, names: Sequence[str], world: World) -> None:
             world.barrier()
             if done:
                 continue
-            artifact = _run(stage, config, table, task, world)
-            world.barrier()
-            if world.is_main:
-                artifact.write(stage.folder)
+            with _tracking(stage, config, table, world) as open_tracker:
+                artifact = _run(stage, config, table, task, world, open_tracker)
+                world.barrier()
+                if world.is_main:
+                    artifact.write(stage.folder)
             world.barrier()
 
 
-def _run(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+def _run(
+    stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World, open_tracker: Callable[[int], Tracker]
+) -> Artifact:
     if stage.kind == TUNE:
         from train.teacher import tune
 
-        return tune.run(config.teacher, task, stage.folder, world, seed=config.seed, open_tracker=_tracker(stage, config, world))
+        return tune.run(config.teacher, task, stage.folder, world, seed=config.seed, open_tracker=open_tracker)
     if stage.kind == TEACH:
-        return _teach(stage, config, table, task, world)
+        return _teach(stage, config, table, task, world, open_tracker)
     if stage.kind == "train":
-        return _train(stage, config, table, task, world)
+        return _train(stage, config, table, task, world, open_tracker)
     if stage.kind == RECOVER:
-        return _recover(stage, config, table, task, world)
+        return _recover(stage, config, table, task, world, open_tracker)
     assert stage.kind == PRUNE, stage.name
-    return _prune(stage, config, table, task, world)
+    return _prune(stage, config, table, task, world, open_tracker)
 
 
 def _layout(config: Config, tuned: Path | None, world: World) -> Layout:
@@ -107,26 +112,29 @@ def _teacher_shape(config: Config, tuned: Path | None) -> Architecture:
     return architecture_of(saved) if is_known(saved) else assumed_architecture(num_parameters(model))
 
 
-def _teach(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+def _teach(
+    stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World, open_tracker: Callable[[int], Tracker]
+) -> Artifact:
     from train.teacher import stage as teach
 
     tuned = table[TUNE].folder if TUNE in table else None
     layout = _layout(config, tuned, world)
     resolved = run_folder(config) / RESOLVED
     inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices, tuned, layout, resolved)
-    with _tracker(stage, config, world)(teach.most_written(stage.folder)) as tracker:
+    with open_tracker(teach.most_written(stage.folder)) as tracker:
         made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed, tracker=tracker)
         rows = sum(made.rows.values())
         tracker.log(rows, {"records": rows, "generated_tokens": made.generated_tokens, "seconds": made.seconds})
     return made
 
 
-def _train(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+def _train(
+    stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World, open_tracker: Callable[[int], Tracker]
+) -> Artifact:
     from train.student import stage as student
 
     arm = cast(Arm, stage.detail)
     inputs = student_inputs(config, table, task)
-    tracker = _tracker(stage, config, world)
     return student.run(
         config.student.of_arm(arm),
         config.student.arms[arm],
@@ -135,11 +143,13 @@ def _train(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
         world,
         seed=config.seed,
         title=f"train {stage.detail}",
-        open_tracker=tracker,
+        open_tracker=open_tracker,
     )
 
 
-def _prune(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+def _prune(
+    stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World, open_tracker: Callable[[int], Tracker]
+) -> Artifact:
     from train.student import pruning
 
     arm, prune = config.student.arm, config.student.prune
@@ -153,11 +163,13 @@ def _prune(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task,
         stage.folder,
         world,
         seed=config.seed,
-        open_tracker=_tracker(stage, config, world),
+        open_tracker=open_tracker,
     )
 
 
-def _recover(stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> Artifact:
+def _recover(
+    stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World, open_tracker: Callable[[int], Tracker]
+) -> Artifact:
     from train.student import recovering
 
     target, settings, arm = TARGETS[stage.detail], config.deploy.recover, config.student.arm
@@ -174,7 +186,7 @@ def _recover(stage: Stage, config: Config, table: Mapping[str, Stage], task: Tas
         grids_of=lambda model: format_module.grids(model, target),
         seed=config.seed,
         title=f"recover {target.name}",
-        open_tracker=_tracker(stage, config, world),
+        open_tracker=open_tracker,
     )
 
 
@@ -196,14 +208,38 @@ def student_inputs(config: Config, table: Mapping[str, Stage], task: Task) -> St
     return StudentInputs(task, table[TEACH].folder, config.teacher.rationales, teacher, served, written)
 
 
-def _tracker(stage: Stage, config: Config, world: World) -> Callable[[int], Tracker]:
-    def opened(step: int) -> Tracker:
-        settings = {"config": config.model_dump(mode="json"), "key": stage.key, "processes": world.size}
-        return Tracker(
-            stage.folder, config.tracking, group=config.name, job_type=stage.name, settings=settings, enabled=world.is_main, from_step=step
-        )
+@contextmanager
+def _tracking(stage: Stage, config: Config, table: Mapping[str, Stage], world: World) -> Iterator[Callable[[int], Tracker]]:
+    """Gives what opens the stage's tracker; when the stage is marked as done, it shows what was read and made."""
+    opened: list[Tracker] = []
+    is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and not world.is_main
 
-    return opened
+    def open_tracker(step: int) -> Tracker:
+        tracker = Tracker(
+            stage.folder,
+            config.tracking,
+            group=config.name,
+            job_type=stage.name,
+            settings={"config": config.model_dump(mode="json"), "key": stage.key, "processes": world.size},
+            enabled=world.is_main,
+            from_step=step,
+            key=stage.key,
+            node=int(os.environ.get("GROUP_RANK", "0")) if is_first_of_node else 0,
+            held=True,
+        )
+        opened.append(tracker)
+        return tracker
+
+    code = 1
+    try:
+        yield open_tracker
+        if world.is_main:
+            for tracker in opened:
+                hand_over(tracker, stage, config, table)
+        code = 0
+    finally:
+        for tracker in opened:
+            tracker.finish(code)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -231,6 +267,8 @@ def main(arguments: Sequence[str]) -> int:
         if not str(error).startswith("stopped because") and tell(1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        Background.drain()
     stop()
     return 0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.batches import read_tokens
 from data.rows import TrainSequence
 from train.losses import PARTS
+from train.serving import peak_resident_bytes
 from train.throughput import Arithmetic
 from train.world import World
 
@@ -96,13 +97,13 @@ class Meter:
         return {"loss": total, **parts, "learning_rate": step.learning_rate, "gradient_norm": norm}
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Of the steps since: tokens that the model reads (no padding) and operations, a second; the most memory so far."""
+        """Of the steps since: tokens that the model reads (no padding) and operations, a second; the most memory of this process so far."""
         speed = {"tokens_per_second": sum(s.tokens for s in self._steps) / seconds}
         if self._peak is not None:
             speed["mfu"] = sum(s.operations for s in self._steps) / seconds / self._peak
-        if self._world.device.type == "cuda":
-            speed["memory_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
-        return speed
+        on_gpu = self._world.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._world.device) if on_gpu else peak_resident_bytes()
+        return {**speed, "memory_gib": peak / 2**30}
 
 
 def _not_finite(step: _Step, parts: dict[str, float], norm: float) -> str:

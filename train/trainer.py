@@ -329,7 +329,7 @@ def _flush(meter: Meter, run: TrainingRun, tracker: Tracker, progress: StageProg
     """Writes what the meter holds; whether any process was asked to stop."""
     lines, stopping = meter.flush(asked is not None)
     for step, values in lines:
-        tracker.log(step, values)
+        tracker.log(step, values if run.masks is None else {**values, "sparsity": run.masks.fraction_after(step)})
     told = f"loss {lines[-1][1]['loss']:.3f}"
     reached = f"loss {best.loss:.3f}" if run.criterion == "loss" else f"{best.exact_match:.1%}"
     progress.advance(len(lines), f"{told}  best validation {reached}" if best.step else told)

@@ -77,7 +77,7 @@ def losses(folder: Path) -> dict[str, list[Any]]:
         if name.startswith(("tune", "train")):
             lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
             assert any("tokens_per_second" in line for line in lines)
-            found[name] = [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+            found[name] = [{key: value for key, value in line.items() if key not in ("tokens_per_second", "memory_gib")} for line in lines]
     return found
 
 

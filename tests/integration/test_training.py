@@ -59,7 +59,7 @@ LOSSES = ("loss", "loss_label", "loss_rationale", "loss_soft")
 
 def without_speed(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     assert any("tokens_per_second" in line for line in log)
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log]
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "memory_gib")} for line in log]
 
 
 def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

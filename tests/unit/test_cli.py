@@ -359,6 +359,7 @@ def test_run_prints_the_ladder_and_what_to_do_next(monkeypatch: pytest.MonkeyPat
     lost = Stage("deploy.gguf-tq2_0", "0", folder / "deploy.gguf-tq2_0-0", "process")
     finished = [Finished(made, DeployedModel.read(made.folder), True)]
     monkeypatch.setattr("launch.local.run_pipeline", lambda config, console: finished)
+    monkeypatch.setattr("launch.lineage.track", lambda config, table, reported: None)
     status, output, errors = stepdown("run", "mine.yaml")
     assert (status, errors) == (0, "")
     assert output.splitlines()[-2:] == [

@@ -348,6 +348,7 @@ def test_the_tally_tells_rates_time_left_and_rejects(tmp_path: Path, monkeypatch
         "generated_tokens": 400,
         "records_per_second": 1.0,
         "tokens_per_second": 50.0,
+        "seconds_left": 4.0,
         "unparseable": 4,
         "unparseable/no_answer": 2,
         "unparseable/not_a_number": 2,
@@ -642,5 +643,5 @@ def test_the_student_is_told_by_whose_ids_a_server_labels(tmp_path: Path, monkey
     teacher = {"source": "endpoint", "model": "m", "endpoint": {"url": "http://h/v1", "tokenizer": "owner/name"}}
     soft = {"soft_labels": {"k": 5}, "rationales": {"examples": "prompts.yaml"}}
     config = Config.model_validate({"name": "n", "task": task, "teacher": {**teacher, **soft}, "student": {"model": "owner/student"}})
-    worker._train(table["train.step_by_step"], config, table, cast(Any, None), WORLD)
+    worker._train(table["train.step_by_step"], config, table, cast(Any, None), WORLD, cast(Any, None))
     assert (handed[0].served_tokenizer, handed[0].teacher) == ("owner/name", "m")

@@ -2,15 +2,37 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
+from train.background import Background, answers
 from train.config import TrackingConfig
 from train.progress import StageProgress
-from train.tracking import LOG_FILE, Tracker, read_log, wandb_mode
+from train.tracking import (
+    LOG_FILE,
+    TRACKING_FILE,
+    Product,
+    Samples,
+    Tracker,
+    _is_reachable,
+    by_step,
+    read_log,
+    read_run,
+    wandb_mode,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 OFF = TrackingConfig(wandb="disabled")
 
@@ -39,7 +61,7 @@ def test_numbers_go_to_json_lines_at_once(tmp_path: Path) -> None:
         {"step": 1, "loss": 0.5, "learning_rate": 1e-4},
         {"step": 1, "validation_loss": 2},
     ]
-    assert [path.name for path in (tmp_path / "stage").iterdir()] == [LOG_FILE]
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == [LOG_FILE, TRACKING_FILE]
 
 
 def test_a_tracker_that_is_not_enabled_writes_nothing(tmp_path: Path) -> None:
@@ -131,55 +153,263 @@ def test_auto_finds_the_key_that_wandb_login_wrote(tmp_path: Path, monkeypatch: 
     assert wandb_mode(TrackingConfig()) == "offline"
 
 
-def test_an_offline_run_can_be_read_back_from_disk(tmp_path: Path) -> None:
+# Weights & Biases: what its files hold
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("*run-*/run-*.wandb"))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all files, in the order in which they are sent; W&B's own columns left out."""
+    found = [line["history"]["item"] for path in files_of(folder) for line in read_run(path) if line["type"] == "history"]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in found]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "stepdown"]
+
+
+def test_an_offline_run_holds_each_step_once_the_samples_and_what_was_read_and_made(tmp_path: Path) -> None:
     config = TrackingConfig(wandb="offline", project="a-project")
+    (tmp_path / "artifact.json").write_text("{}")
+    (tmp_path / "weights.bin").write_bytes(b"123")
+    made = Product("svamp-train", "model", "abc", [tmp_path / "artifact.json"], [tmp_path / "weights.bin"], {"steps": 2})
     with open_tracker(tmp_path, config) as tracker:
         tracker.log(1, {"loss": 0.5})
         tracker.log(1, {"validation_loss": 0.75})
+        tracker.log(2, {"loss": 0.25})
         tracker.summary({"best_step": 1})
-    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    wanted = (b"validation_loss", b"0.75", b"best_step", b"learning_rate", b"svamp/train", b"a-project")
-    # W&B's own process writes the file, on a busy machine a moment after the run has ended.
-    for _ in range(300):
-        if all(text in run.read_bytes() for text in wanted):
-            break
-        time.sleep(0.1)
-    content = run.read_bytes()
-    for text in wanted:
-        assert text in content
-    assert len(read_log(tmp_path / LOG_FILE)) == 2
+        tracker.samples(lambda: Samples("records", ["gold", "teacher"], [["7", "7"], ["8", ""]]))
+        tracker.reads(lambda: replace(made, name="svamp-task", kind="task"))
+        tracker.makes(lambda: made)
+    Background.drain()
+    rows = rows_of(tmp_path)
+    assert rows[:2] == [{"step": 1, "loss": 0.5, "validation_loss": 0.75}, {"step": 2, "loss": 0.25}]
+    assert rows[2]["records.nrows"] == 2 and "step" not in rows[2]
+    [path] = files_of(tmp_path)
+    lines = read_run(path)
+    run = next(line["run"] for line in lines if line["type"] == "run")
+    assert [run[name] for name in ("project", "run_group", "job_type", "display_name")] == ["a-project", "svamp", "train", "svamp/train"]
+    assert run["run_id"] == tracker.id
+    assert run["config"]["update"]["learning_rate"] == 0.25
+    assert [line["metric"].get("glob_name", line["metric"].get("name")) for line in lines if line["type"] == "metric"] == ["step", "*"]
+    artifacts = {line["artifact"]["name"]: line["artifact"] for line in lines if line["type"] == "artifact"}
+    assert {name: found["type"] for name, found in artifacts.items() if name.startswith("svamp")} == {
+        "svamp-task": "task",
+        "svamp-train": "model",
+    }
+    assert artifacts["svamp-task"]["use_after_commit"] and not artifacts["svamp-train"].get("use_after_commit")
+    entries = {entry["path"]: entry for entry in artifacts["svamp-train"]["manifest"]["contents"]}
+    assert entries["weights.bin"]["ref"] == (tmp_path / "weights.bin").as_uri()
+    assert "ref" not in entries["artifact.json"]
+    assert '"steps":2' in artifacts["svamp-train"]["metadata"] and "abc" in artifacts["svamp-train"]["aliases"]
+    assert any(line["type"] == "stats" for line in lines)
+    assert len(read_log(tmp_path / LOG_FILE)) == 3
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_wandb_that_does_not_start_stops_nothing(
-    mode: Literal["online", "offline"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(**_: object) -> None:
-        raise OSError("no route to host")
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from train.background import Background
+from train.config import TrackingConfig
+from train.tracking import Tracker
 
-    monkeypatch.setattr("wandb.init", broken)
-    with caplog.at_level(logging.WARNING), open_tracker(tmp_path, TrackingConfig(wandb=mode)) as tracker:
+folder, start, end, last = Path(sys.argv[1]), *map(int, sys.argv[2:])
+config = TrackingConfig(wandb="offline")
+tracker = Tracker(folder, config, group="g", job_type="train", settings={}, enabled=True, from_step=start, key="k")
+for step in range(start + 1, end + 1):
+    tracker.log(step, {"loss": 1 / step})
+    tracker.log(step, {"validation_loss": 2 / step})
+    time.sleep(0.05)
+if end < last:
+    time.sleep(3)  # so that some of it reaches the disk
+    tracker.log(end + 1, {"loss": 1 / (end + 1)})
+    os.kill(os.getpid(), signal.SIGKILL)
+with tracker:
+    pass
+Background.drain()
+"""
+
+
+def test_a_run_that_was_killed_and_resumed_has_each_step_once(tmp_path: Path) -> None:
+    for start, end in ((0, 30), (20, 40)):  # killed after step 30, its last state is of step 20
+        command = [sys.executable, "-c", KILLED, str(tmp_path), str(start), str(end), "40"]
+        subprocess.run(command, check=False, cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"})
+    first, second = files_of(tmp_path)
+    assert first.parent.name.rpartition("k-")[2] == second.parent.name.rpartition("k-")[2], "one id for all starts"
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows == [{"step": step, **values} for step, values in by_step(read_log(tmp_path / LOG_FILE)).items()]
+    assert next(row["history"]["item"]["step"] for row in read_run(second) if row["type"] == "history") > 20, "what was sent stays sent"
+
+
+def test_what_was_logged_while_wandb_was_off_comes_later(tmp_path: Path) -> None:
+    with open_tracker(tmp_path) as off:
+        off.log(1, {"loss": 0.5})
+        off.log(2, {"loss": 0.25})
+    with open_tracker(tmp_path, TrackingConfig(wandb="offline"), from_step=2) as tracker:
+        tracker.log(3, {"loss": 0.125})
+    Background.drain()
+    assert tracker.id == off.id
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
+def test_another_stage_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
+    ids = []
+    for key in ("a", "a", "b"):
+        with Tracker(tmp_path, OFF, group="g", job_type="t", settings={}, enabled=True, key=key) as tracker:
+            ids.append(tracker.id)
+    assert ids[0] == ids[1] != ids[2]
+    assert [run_id[:2] for run_id in ids] == ["a-", "a-", "b-"]
+
+
+def test_a_further_node_has_a_run_for_what_its_machine_does(tmp_path: Path) -> None:
+    config = TrackingConfig(wandb="offline")
+    with Tracker(tmp_path, config, group="g", job_type="train", settings={}, enabled=False, key="k", node=1) as tracker:
         tracker.log(1, {"loss": 0.5})
-        tracker.summary({"best_step": 1})
-    assert read_log(tmp_path / LOG_FILE) == [{"step": 1, "loss": 0.5}]
-    assert [r.getMessage() for r in caplog.records] == [
-        f"Weights & Biases is off for train (no route to host); the numbers are in {tmp_path / LOG_FILE}"
+        time.sleep(1)  # W&B measures for the first time a moment after the start
+    Background.drain()
+    [path] = files_of(tmp_path)
+    lines = read_run(path)
+    run = next(line["run"] for line in lines if line["type"] == "run")
+    assert (run["job_type"], run["display_name"], run["run_group"]) == ("system", "g/train/node1", "g")
+    assert any(line["type"] == "stats" for line in lines) and not any(line["type"] == "history" for line in lines)
+    assert not (tmp_path / LOG_FILE).exists()
+
+
+def test_the_time_of_tracking_is_noted_over_all_starts(tmp_path: Path) -> None:
+    for seconds in (2.0, 3.0):
+        with open_tracker(tmp_path) as tracker:
+            tracker.seconds = seconds
+    noted = json.loads((tmp_path / TRACKING_FILE).read_text())
+    assert noted["mode"] == "disabled" and 5.0 <= noted["seconds"] < 6.0
+
+
+# Weights & Biases that does not answer
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def refusing() -> str:
+    """An address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", ["silent", "refusing"])
+def test_a_run_is_written_offline_where_wandb_does_not_answer(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = request.getfixturevalue(kind)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with caplog.at_level(logging.WARNING), open_tracker(tmp_path, TrackingConfig(wandb="online")) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker.log(2, {"loss": 0.25})
+    Background.drain()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+    assert [path.parent.name.partition("-run-")[0] for path in files_of(tmp_path)] == ["offline"]
+    assert told(caplog) == [
+        f"Weights & Biases: {address} does not answer within 2 s; train is written offline, and "
+        f"`wandb sync {tmp_path}/wandb/offline-run-*` brings it in later"
     ]
+
+
+def test_a_server_is_asked_for_two_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr("train.tracking.answers", lambda url, seconds: asked.append(seconds))
+    for _ in range(2):
+        _is_reachable("http://127.0.0.1:9")
+    assert asked == [2.0], "once a process"
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """Answers, but not with what was asked for."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_any_answer_counts(silent: str, refusing: str) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert answers(f"http://127.0.0.1:{server.server_port}", 10)
+        server.shutdown()
+        thread.join()
+    assert not answers(silent, 0.2)
+    assert not answers(refusing, 10)
+    assert not answers("no address", 10)
+
+
+# Weights & Biases that fails
 
 
 class FailingRun:
     """A W&B run that takes one step, and then nothing."""
 
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
+    resumed, starting_step = False, 0
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def __init__(self, most: int = 1) -> None:
+        self.calls: list[Any] = []
+        self.most = most
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        """Takes it."""
+
+    def log(self, values: dict[str, float], step: int, commit: bool) -> None:
+        assert commit
         self.calls.append((step, values))
-        if len(self.calls) > 1:
+        if len(self.calls) > self.most:
             raise RuntimeError("disk quota exceeded")
 
     def finish(self, exit_code: int) -> None:
         self.calls.append(exit_code)
+
+
+def test_wandb_that_does_not_start_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(**_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("wandb.init", broken)
+    with caplog.at_level(logging.WARNING), open_tracker(tmp_path, TrackingConfig(wandb="offline")) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker.summary({"best_step": 1})
+    Background.drain()
+    assert read_log(tmp_path / LOG_FILE) == [{"step": 1, "loss": 0.5}]
+    assert told(caplog) == [f"Weights & Biases stopped taking numbers (no space left); {tmp_path / LOG_FILE} has them all"]
+
+
+def test_a_run_that_wandb_refuses_is_written_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modes, run = [], FailingRun(most=9)
+
+    def init(*, mode: str, **_: object) -> FailingRun:
+        modes.append(mode)
+        if mode == "online":
+            raise ValueError("api_key not configured (no-tty)\nmore of it")
+        return run
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setattr("train.tracking._is_reachable", lambda _: True)
+    with caplog.at_level(logging.WARNING), open_tracker(tmp_path, TrackingConfig(wandb="online")) as tracker:
+        tracker.log(1, {"loss": 0.5})
+    Background.drain()
+    assert modes == ["online", "offline"]
+    assert run.calls == [(1, {"step": 1, "loss": 0.5}), 0]
+    assert "api_key not configured (no-tty); train is written offline" in told(caplog)[0]
 
 
 def test_wandb_that_fails_later_is_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,11 +419,38 @@ def test_wandb_that_fails_later_is_noted_once(tmp_path: Path, monkeypatch: pytes
         for step in (1, 2, 3):
             tracker.log(step, {"loss": 0.5})
         tracker.summary({"best_step": 1})
+    Background.drain()
     assert [line["step"] for line in read_log(tmp_path / LOG_FILE)] == [1, 2, 3]
-    assert run.calls == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
-    assert [r.getMessage() for r in caplog.records] == [
-        f"Weights & Biases stopped taking numbers (disk quota exceeded); {tmp_path / LOG_FILE} has them all"
-    ]
+    assert run.calls == [(1, {"step": 1, "loss": 0.5}), (2, {"step": 2, "loss": 0.5}), 0]
+    assert told(caplog) == [f"Weights & Biases stopped taking numbers (disk quota exceeded); {tmp_path / LOG_FILE} has them all"]
+
+
+def test_a_stage_waits_for_no_call_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = threading.Event()
+
+    class Stuck(FailingRun):
+        def log(self, values: dict[str, float], step: int, commit: bool) -> None:
+            assert lost.wait(60)
+
+    monkeypatch.setattr("wandb.init", lambda **_: Stuck())
+    monkeypatch.setattr(Background, "_waited", 1e9)  # this process has waited long enough for others
+    with open_tracker(tmp_path, TrackingConfig(wandb="offline")) as tracker:
+        for step in range(1000):
+            tracker.log(step, {"loss": 0.5})
+    assert not lost.is_set(), "the stage is over, and its first call is not"
+    assert len(read_log(tmp_path / LOG_FILE)) == 1000
+    lost.set()
+
+
+def test_an_online_run_goes_on_after_the_step_that_the_server_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_steps(tmp_path, range(5))
+    run = FailingRun(most=9)
+    run.resumed, run.starting_step = True, 4
+    monkeypatch.setattr("wandb.init", lambda **_: run)
+    with open_tracker(tmp_path, TrackingConfig(wandb="offline"), from_step=5) as tracker:
+        tracker.log(6, {"loss": 0.5})
+    Background.drain()
+    assert [call[0] for call in run.calls[:-1]] == [4, 5, 6]
 
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (ValueError("stop"), 1)])
@@ -212,19 +469,38 @@ def test_wandb_hears_how_the_stage_ended(error: Exception | None, code: int, tmp
     else:
         with pytest.raises(ValueError, match="stop"), tracker:
             raise error
+    Background.drain()
     assert run.calls == [code]
-    assert 0 < given["settings"].finish_timeout <= 600  # a lost network must not hold the stage for ever
-    names = ("project", "entity", "group", "job_type", "name", "mode", "config", "dir")
+    assert 0 < given["settings"].finish_timeout <= 60  # a lost network must not hold the command for long
+    names = ("project", "entity", "group", "job_type", "name", "id", "mode", "config", "dir", "resume")
     assert [given[name] for name in names] == [
         "stepdown",
         "a-team",
         "svamp",
         "train",
         "svamp/train",
+        tracker.id,
         "offline",
         {"learning_rate": 0.25},
         str(tmp_path),
+        "allow",
     ]
+
+
+@pytest.mark.parametrize(("job_type", "expected"), [("evaluate", "agent-run"), ("deploy.x", None)])
+def test_the_last_stage_is_the_run_that_a_sweep_of_wandb_asked_for(
+    job_type: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict[str, Any]()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "a-sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "agent-run")
+    monkeypatch.setattr("wandb.init", lambda **arguments: given.update(arguments) or FailingRun())
+    config = TrackingConfig(wandb="offline")
+    with Tracker(tmp_path, config, group="g", job_type=job_type, settings={}, enabled=True) as tracker:
+        pass
+    Background.drain()
+    assert given["id"] == (expected or tracker.id)
+    assert ("sweep_id" in given["settings"].model_fields_set) == (expected is None)
 
 
 # Progress away from a terminal

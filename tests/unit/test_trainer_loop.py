@@ -113,7 +113,9 @@ def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 def log_of(given: TrainingRun) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_log(given.folder / "log.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in read_log(given.folder / "log.jsonl")
+    ]
 
 
 def validations(given: TrainingRun) -> list[tuple[int, float, float]]:

@@ -81,7 +81,7 @@ def test_the_meter_gives_the_mean_of_each_loss_and_their_weighted_sum() -> None:
     assert [step for step, _ in lines] == [17, 18]
     first = lines[0][1]
     assert first == {"loss": 2.0, "loss_label": 1.0, "loss_rationale": 3.0, "learning_rate": pytest.approx(0.1), "gradient_norm": 2.0}
-    assert set(lines[1][1]) - set(first) == {"tokens_per_second", "mfu"}
+    assert set(lines[1][1]) - set(first) == {"tokens_per_second", "mfu", "memory_gib"}
     # 2 steps of 3 tokens that are read; operations by hand: (2 + 1) x 10 + 2 x 5 + 9 x 2 = 58.
     assert lines[1][1]["mfu"] / lines[1][1]["tokens_per_second"] == pytest.approx(58 / 3 / 1e12)
     assert not stopping

@@ -38,6 +38,11 @@ class MaskSchedule:
         """Masks change after this step (from 1; 0 is before the first)."""
         return step == self.end or (step < self.end and step > 0 and step % self.every == 0)
 
+    def fraction_after(self, step: int) -> float:
+        """How much is out after this step."""
+        due = self.end if step >= self.end else step // self.every * self.every
+        return cubic(due, begin=0, end=self.end, fraction=self.fraction)
+
     def tighten(self, engine: TrainEngine, world: World, step: int, prefix: str) -> None:
         """Chooses masks by the weights as they are and has the engine hold them. Every process must call it.
 
@@ -113,7 +118,8 @@ def neuron_schedule(config: StudentPruneConfig, layers: Sequence[NeuronNames], n
 
 def _schedule(config: StudentPruneConfig, choose: Chooser, parameters: Sequence[str], num_steps: int) -> MaskSchedule:
     end = max(1, round(config.until * num_steps)) if config.schedule == "cubic" else 0
-    return MaskSchedule(choose, parameters, config.fraction or 0.0, end, config.every)
+    fraction = 1 - config.n_of_m[0] / config.n_of_m[1] if config.n_of_m is not None else config.fraction or 0.0
+    return MaskSchedule(choose, parameters, fraction, end, config.every)
 
 
 def _shared(masks: Mapping[str, Tensor], names: Sequence[str], world: World) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ class Tally:
                     "generated_tokens": counts["generated_tokens"],
                     "records_per_second": rates["records"],
                     "tokens_per_second": rates["generated_tokens"],
+                    "seconds_left": (self.total - counts["records"]) / rates["records"],
                     "unparseable": counts[NO_ANSWER] + counts[UNUSABLE[self.metric]],
                     **{f"unparseable/{name.replace(' ', '_')}": counts[name] for name in (NO_ANSWER, UNUSABLE[self.metric])},
                 },
