@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.examples import read_examples
 from launch import report_html as words
+from launch.samples import Written, first_of_each
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.targets import TARGETS, target_of
 from train.significance import mcnemar, wilson
@@ -58,6 +59,8 @@ class ReportInputs:
     provenance: dict[str, Any]
     test_file: Path | None = None
     """The canonical test examples; the sample answers show their inputs and labels."""
+    written: list[Written] = field(default_factory=list)
+    """Samples of what the teacher wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,7 @@ class Report:
     """Lines of each trained model's log, in the order of their steps."""
     deployed: dict[str, DeployedModel]
     samples: list[Sample]
+    written: list[Written]
     config: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -231,6 +235,7 @@ def build(inputs: ReportInputs) -> Report:
         logs={name: _read_log(folder / "log.jsonl") for name, folder in inputs.checkpoints.items()},
         deployed=deployed,
         samples=_samples(evaluations, inputs.test_file),
+        written=list(inputs.written),
         config=_plain(inputs.config),
         provenance=_plain(inputs.provenance),
     )
@@ -378,7 +383,7 @@ def _samples(evaluations: Sequence[_Evaluation], test_file: Path | None) -> list
     """The first items that the last rung gets right and the first that it gets wrong."""
     examples = {example.id: example for example in read_examples(test_file)} if test_file else {}
     last = evaluations[-1].answers
-    chosen = [item for right in (True, False) for item in [i for i, answer in last.items() if answer.correct is right][:SAMPLES]]
+    chosen = first_of_each(((answer.correct, item) for item, answer in last.items()), SAMPLES)
     return [
         Sample(
             id=item,

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.examples import read_examples
-from data.store import MANIFEST, read_shard
+from data.store import MANIFEST
 from launch.config import RESOLVED, Config
 from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, deployed_from, made_by, shipped
 from launch.rundir import run_folder
+from launch.samples import first_of_each, written
 from train.artifacts import ARTIFACT, Checkpoint, DeployedModel, EvalResult
 from train.background import Background
 from train.tracking import Product, Samples, Tracker, is_shown
@@ -60,15 +61,7 @@ def read_by(stage: Stage, config: Config, table: Mapping[str, Stage]) -> list[St
 
 def record_samples(teach: Stage, task: Stage) -> Samples:
     """The first training records whose label is the gold one, and the first whose is not."""
-    examples = {example.id: example for example in read_examples(task.folder / "train.jsonl")}
-    chosen = _both(
-        ((record.agrees, record) for path in sorted(teach.folder.glob("train-*.parquet")) for record in read_shard(path)), SAMPLES
-    )
-    rows = [
-        [examples[r.id].input, examples[r.id].label, r.label or "", r.agrees, r.rationale, r.votes, r.rationalized]
-        for r in chosen
-        if r.id in examples
-    ]
+    rows = [[w.input, w.gold, w.label or "", w.agrees, w.rationale, w.votes, w.hinted] for w in written(teach.folder, task.folder, SAMPLES)]
     return Samples("records", ["input", "gold", "teacher", "agrees", "rationale", "votes", "hinted"], rows)
 
 
@@ -78,21 +71,10 @@ def prediction_samples(evaluated: Sequence[Stage], task: Stage) -> Samples:
     rows: list[list[Any]] = []
     for stage in evaluated:
         answers = map(json.loads, (stage.folder / "answers.jsonl").read_text(encoding="utf-8").splitlines())
-        for found in _both(((answer["correct"], answer) for answer in answers), SAMPLES):
+        for found in first_of_each(((answer["correct"], answer) for answer in answers), SAMPLES):
             example = examples[found["id"]]
             rows.append([stage.detail, example.input, example.label, found["answer"] or "", found["correct"]])
     return Samples("predictions", ["rung", "input", "gold", "answer", "right"], rows)
-
-
-def _both(judged: Iterator[tuple[bool, Any]], most: int) -> list[Any]:
-    """The first right and the first wrong ones; reads no further than it must."""
-    found: dict[bool, list[Any]] = {True: [], False: []}
-    for right, item in judged:
-        if len(found[right]) < most:
-            found[right].append(item)
-        if all(len(items) == most for items in found.values()):
-            break
-    return found[True] + found[False]
 
 
 # ---------------------------------------------------------------- what each stage shows

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.report_html import Plot, bytes_tick
+from launch.report_html import Plot, bytes_tick, seconds_tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ _SERIES = [f"#03030{i}" for i in range(NUM_COLOURS)]
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}
 _WIDTH, _HEIGHT = 4.6, 3.2
 _MAX_POINTS = 300
+_MAX_BARS = 16
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "stepdown",
@@ -35,12 +36,12 @@ _STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One rung: its accuracy with an interval (shares, 0 to 1) and its size in bytes (None where unknown)."""
+    """One rung: its accuracy with an interval (shares, 0 to 1) and what it costs: bytes, or seconds (None where unknown)."""
 
     label: str
     accuracy: float
     interval: tuple[float, float]
-    size: int | None
+    cost: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +58,55 @@ class Curve:
 
 
 def accuracy_against_size(points: Sequence[Point]) -> Plot:
-    """Accuracy with its interval against the size of the weights; a rung of unknown size is a dashed line across."""
-    sizes = [p.size for p in points if p.size]
-    shifts = _side_by_side(sizes)
+    """Accuracy with its interval against the size of the weights, in bytes; a rung of unknown size is a dashed line across."""
+    return _accuracy_against("size", points, "weights on disk", bytes_tick)
+
+
+def accuracy_against_latency(points: Sequence[Point]) -> Plot:
+    """Accuracy with its interval against the seconds that one item takes by itself; a rung that was not timed is a dashed line across."""
+    return _accuracy_against("latency", points, "time for one item by itself", seconds_tick)
+
+
+def _accuracy_against(what: str, points: Sequence[Point], x_label: str, tick: Callable[[float], str]) -> Plot:
+    costs = [p.cost for p in points if p.cost]
+    shifts = _side_by_side(costs)
 
     def draw(axes: Axes) -> None:
-        _size_axis(axes, sizes)
+        _cost_axis(axes, costs, tick)
         for i, point in enumerate(points):
             colour, marker = _series(i)
-            if not point.size:
+            if not point.cost:
                 axes.axhline(100 * point.accuracy, color=colour, linestyle="--", linewidth=1.5)
                 continue
             low, high = (100 * abs(point.accuracy - end) for end in point.interval)
-            x = point.size * shifts.pop(0)
+            x = point.cost * shifts.pop(0)
             axes.errorbar([x], [100 * point.accuracy], [[low], [high]], color=colour, marker=marker, markersize=7, capsize=4, linewidth=1.5)
         ends = [100 * end for p in points for end in p.interval]
         margin = 0.06 * (max(ends) - min(ends)) + 0.5
         axes.set_ylim(max(0.0, min(ends) - margin), min(100.0 + margin / 2, max(ends) + margin))
-        axes.set_xlabel("weights on disk")
+        axes.set_xlabel(x_label)
         axes.set_ylabel("test accuracy, %")
 
-    caption = "Bars are 95 % intervals. Rungs of nearly the same size are set side by side."
-    if len(sizes) < len(points):
-        caption += " A dashed line is a rung whose size is not known."
-    title = "Accuracy against size"
+    caption = f"Bars are 95 % intervals. Rungs of nearly the same {what} are set side by side."
+    if len(costs) < len(points):
+        caption += f" A dashed line is a rung whose {what} is not known."
+    title = f"Accuracy against {what}"
     return Plot(title, _svg(title, draw), [_legend(point.label, i) for i, point in enumerate(points)], caption)
+
+
+def bars(title: str, shares: Mapping[str, float], x_label: str) -> Plot:
+    """A bar for each share (0 to 1), the first on top."""
+
+    def draw(axes: Axes) -> None:
+        axes.barh(list(shares), [100 * share for share in shares.values()], color=_series(0)[0], height=0.62)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.grid(visible=False, axis="y")
+        stride = math.ceil(len(shares) / _MAX_BARS)
+        axes.set_yticks(range(0, len(shares), stride), list(shares)[::stride])
+        axes.set_xlabel(x_label)
+
+    return Plot(title, _svg(title, draw), [])
 
 
 def curves(title: str, lines: Sequence[Curve], y_label: str, *, logarithmic: bool, x_label: str = "step") -> Plot:
@@ -147,12 +172,12 @@ def _series(i: int) -> tuple[str, str]:
     return _SERIES[i % NUM_COLOURS], list(_MARKERS)[i % len(_MARKERS)]
 
 
-def _size_axis(axes: Axes, sizes: Sequence[int]) -> None:
-    if not sizes:
+def _cost_axis(axes: Axes, costs: Sequence[float], tick: Callable[[float], str]) -> None:
+    if not costs:
         axes.set_xticks([])
         return
     axes.set_xscale("log")
-    _log_ticks(axes.set_xlim, axes.set_xticks, min(sizes) / 1.6, max(sizes) * 1.6, bytes_tick)
+    _log_ticks(axes.set_xlim, axes.set_xticks, min(costs) / 1.6, max(costs) * 1.6, tick)
     axes.minorticks_off()
 
 
@@ -174,7 +199,7 @@ def _log_ticks(
     set_ticks(ticks, [text(tick) for tick in ticks])
 
 
-def _side_by_side(sizes: Sequence[int]) -> list[float]:
+def _side_by_side(sizes: Sequence[float]) -> list[float]:
     """A factor for each size that sets points of nearly the same size beside one another on a logarithmic axis."""
     if not sizes:
         return []

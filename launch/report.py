@@ -22,7 +22,7 @@ from rich.text import Text
 from launch import plots
 from launch import report_html as words
 from launch.ladder import LEVEL, SAMPLES, Report, Rung, Sample
-from launch.report_html import Page, Plot, Section, Table
+from launch.report_html import Page, Plot, Section, Table, Tile
 from train.artifacts import Checkpoint, Records, write_json
 
 _GAP = 2
@@ -73,7 +73,34 @@ def page(report: Report) -> Page:
         _provenance_section(report),
         Section("Configuration", [], [], [], [], yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True), folded=True),
     ]
-    return Page(f"{report.name}: the ladder", f"Run folder: {report.run_folder}", report.summary, report.warnings, sections)
+    title = f"{report.name}: the ladder"
+    return Page(title, f"Run folder: {report.run_folder}", report.summary, report.warnings, sections, _tiles(report))
+
+
+def _tiles(report: Report) -> list[Tile]:
+    """What is shipped at a glance: right answers, size, latency, each beside what it started from."""
+    first, last = report.rungs[0], report.rungs[-1]
+    tiles = [Tile("Accuracy", words.percent(last.accuracy), f"95 % interval {words.percent_range(last.interval)}")]
+    if first is not last:
+        tiles.append(
+            Tile(f"{first.name.capitalize()}'s accuracy", words.percent(first.accuracy), f"on the same {_items(first)} test items")
+        )
+    if last.measured.weight_bytes is not None:
+        of = f"{words.percent(last.fp32_ratio)} of the fp32 file" if last.fp32_ratio is not None else "weights on disk"
+        tiles.append(Tile("Size", words.num_bytes(last.measured.weight_bytes), of))
+    if (seconds := _item_seconds(last)) is not None:
+        before = _item_seconds(first)
+        tiles.append(Tile("One item takes", words.milliseconds(seconds), f"{first.name}: {words.milliseconds(before)}" if before else ""))
+    return tiles
+
+
+def _items(rung: Rung) -> str:
+    return f"{rung.measured.num_items:,}"
+
+
+def _item_seconds(rung: Rung) -> float | None:
+    rate = (rung.measured.examples_per_second or {}).get("1")
+    return 1 / rate if rate else None
 
 
 def _ladder_section(report: Report) -> Section:
@@ -95,6 +122,9 @@ def _ladder_section(report: Report) -> Section:
 
 def _plots_section(report: Report) -> Section:
     drawn = [plots.accuracy_against_size([plots.Point(r.name, r.accuracy, r.interval, r.measured.weight_bytes) for r in report.rungs])]
+    if any(map(_item_seconds, report.rungs)):
+        timed = [plots.Point(r.name, r.accuracy, r.interval, _item_seconds(r)) for r in report.rungs]
+        drawn.append(plots.accuracy_against_latency(timed))
     # A trained model has the colour and mark of its rung; one that is no rung has the next free ones.
     names = list(dict.fromkeys([*(rung.name for rung in report.rungs), *report.logs]))
     exact = [curve for name, log in report.logs.items() for curve in _curves(log, {"validation_exact_match": (name, names.index(name))})]
@@ -145,6 +175,10 @@ def _teacher_section(report: Report) -> Section:
             ["Processes", str(records.processes)],
         ]
         tables.append(Table(["Records", ""], facts))
+    if report.written:
+        written = [[w.input, w.gold, f"{_mark(w.agrees)} {w.label or words.MISSING}", w.rationale or words.MISSING] for w in report.written]
+        title = "What it wrote: the first training rows whose label is the gold one, and the first whose is not"
+        tables.append(Table(["Input", "Gold", "Teacher", "Rationale"], written, title, text_columns=4, stacked=True))
     return Section("The teacher's records", [], tables, [], [])
 
 
@@ -203,7 +237,8 @@ def _training_section(report: Report) -> Section:
         ["Best step", *(words.whole(m.best_step) for m in models)],
     ]
     for key in dict.fromkeys(key for m in models for key in m.counts):
-        rows.append([_spoken(key), *(words.whole(m.counts.get(key)) for m in models)])
+        if any(m.counts.get(key) for m in models):
+            rows.append([_spoken(key), *(words.whole(m.counts.get(key)) for m in models)])
     for key in dict.fromkeys(key for m in models for key in m.validation):
         shown = words.percent if "exact_match" in key else words.decimal
         rows.append([f"Validation {_spoken(key).lower()}", *(shown(m.validation.get(key)) for m in models)])
@@ -222,7 +257,9 @@ def _pruning_section(name: str, made: Checkpoint) -> Section:
     text = f"{words.count(made.num_parameters)} parameters are left, {size}."
     if zeros:
         text += " Runtimes for dense weights compute zeros as they compute any number: these make no file smaller and no answer faster."
-    return Section(f"What was pruned: {name}", [text], [Table(["Matrix", "Weights", "Zeros"], rows)], [], [])
+    layers = {layer: out / weights for layer, (weights, out) in made.layer_sparsity.items()}
+    drawn = [plots.bars(f"Zeros by layer of {name}", layers, "zeros, % of the layer's matrices")] if any(layers.values()) else []
+    return Section(f"What was pruned: {name}", [text], [Table(["Matrix", "Weights", "Zeros"], rows)], drawn, [])
 
 
 def _spoken(key: str) -> str:
@@ -234,7 +271,7 @@ def _cost_section(report: Report) -> Section:
     stages = [
         [s.name, s.made, "used again" if s.skipped else "ran", str(s.processes), words.duration(s.seconds or None)] for s in report.stages
     ]
-    tables = [Table(["Stage", "Made", "This time", "Processes", "Time"], stages, "Stages", text_columns=3)]
+    tables = [Table(["Stage", "Made", "This time", "Processes", "Time"], stages, "Stages", text_columns=3, stacked=True)]
     changed = {rung.name: rung.changed for rung in report.rungs}
     files = [
         [
@@ -268,8 +305,8 @@ def _cost_section(report: Report) -> Section:
                 rung.name,
                 rung.measured.device,
                 _seconds(m.load_seconds),
-                _milliseconds(m.first_token_seconds),
-                _milliseconds(m.token_seconds),
+                words.milliseconds(m.first_token_seconds),
+                words.milliseconds(m.token_seconds),
             ]
             for rung in report.rungs
             if (m := rung.measured).load_seconds is not None
@@ -287,10 +324,6 @@ def _seconds(value: float | None) -> str:
     return words.MISSING if value is None else f"{value:.1f} s"
 
 
-def _milliseconds(value: float | None) -> str:
-    return words.MISSING if value is None else f"{1000 * value:.1f} ms"
-
-
 def _samples_section(report: Report) -> Section:
     names = [rung.name for rung in report.rungs]
     rows = [
@@ -298,12 +331,16 @@ def _samples_section(report: Report) -> Section:
         for sample in report.samples
     ]
     text = f"The first {SAMPLES} test items that {names[-1]} gets right and the first {SAMPLES} that it gets wrong; not chosen by hand."
-    return Section("Sample answers", [text], [Table(["Input", "Label", *names], rows, text_columns=2 + len(names))], [], [])
+    return Section("Sample answers", [text], [Table(["Input", "Label", *names], rows, text_columns=2 + len(names), stacked=True)], [], [])
 
 
 def _answered(sample: Sample, rung: str) -> str:
     answer = sample.answers[rung]
-    return f"{'✓' if sample.correct[rung] else '✗'} {words.MISSING if answer is None else answer}"
+    return f"{_mark(sample.correct[rung])} {words.MISSING if answer is None else answer}"
+
+
+def _mark(right: bool) -> str:
+    return "✓" if right else "✗"
 
 
 def _provenance_section(report: Report) -> Section:
@@ -311,7 +348,8 @@ def _provenance_section(report: Report) -> Section:
     command = report.provenance.get("command", "")
     command = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
     rows = [[key, value] for key, value in facts.items() if key != "command"]
-    return Section("How it was made", [], [Table(["What", "Value"], rows, text_columns=2)] if rows else [], [], [], command)
+    again = "\n".join(line for line in (command, f'stepdown predict {shlex.quote(report.run_folder)} "..."') if line)
+    return Section("How it was made", [], [Table(["What", "Value"], rows, text_columns=2)] if rows else [], [], [], again)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

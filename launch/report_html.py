@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -43,6 +43,11 @@ def bytes_tick(value: float) -> str:
     """A round number of bytes on an axis: 0.5 MB, 20 MB, 1 GB."""
     size, unit = (1e9, "GB") if value >= 1e9 else (1e6, "MB") if value >= 1e5 else (1e3, "kB")
     return f"{value / size:g} {unit}"
+
+
+def seconds_tick(value: float) -> str:
+    """A round number of seconds on an axis: 0.5 ms, 20 ms, 1 s."""
+    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"
 
 
 def percent(share: float | None) -> str:
@@ -91,6 +96,11 @@ def duration(seconds: float | None) -> str:
     return "{} h {:02d} min".format(*divmod(round(seconds / 60), 60))
 
 
+def milliseconds(seconds: float | None) -> str:
+    """A latency: 0.85 ms, 12.3 ms, 1,234 ms."""
+    return MISSING if seconds is None else f"{rate(1000 * seconds)} ms"
+
+
 def decimal(value: float | None) -> str:
     """A loss or a score of a validation, to four decimals: 0.8125."""
     return MISSING if value is None else f"{value:.4f}"
@@ -104,6 +114,17 @@ class Table:
     rows: list[list[str]]
     title: str = ""
     text_columns: int = 1
+    stacked: bool = False
+    """On a narrow screen each row is a card of its own, its first cell the heading: for rows of texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One figure to see first, and what it is to be read against."""
+
+    label: str
+    value: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +161,7 @@ class Page:
     summary: list[str]
     warnings: list[str]
     sections: list[Section]
+    tiles: list[Tile] = field(default_factory=list)
 
 
 def to_html(page: Page) -> str:

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from launch.card import write_card
 from launch.config import RESOLVED, load_config
-from launch.ladder import Report, ReportInputs, StageCost, build
+from launch.ladder import SAMPLES, Report, ReportInputs, StageCost, build
 from launch.local import made
 from launch.pipeline import ARTIFACT_OF, PRUNE, PRUNED, RECOVER, TASK, TEACH, TEACHER, Stage
 from launch.report import terminal_table, write
 from launch.rundir import read_stages
+from launch.samples import written
 from train.artifacts import ARTIFACT, Checkpoint, Records, TaskFiles
 from train.deploy.targets import RECOVERED
 
@@ -50,6 +51,7 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
             config=load_config(folder / RESOLVED).model_dump(mode="json", exclude_unset=True),
             provenance=json.loads((folder / "provenance.json").read_text()),
             test_file=stages[TASK].folder / "test.jsonl",
+            written=written(done[TEACH].folder, stages[TASK].folder, SAMPLES) if TEACH in done else [],
         )
     )
     write(built, folder)

@@ -91,6 +91,8 @@ class Checkpoint(Artifact):
     seconds: float = 0.0
     sparsity: dict[str, list[int]] = field(default_factory=dict)
     """Of a pruned one by kind of matrix: its weights, and how many of them are 0 in the file."""
+    layer_sparsity: dict[str, list[int]] = field(default_factory=dict)
+    """The same by layer, in their order."""
     compressed_bytes: int | None = None
     """Of a pruned one: what its weights' file takes when it is compressed (zlib)."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from transformers import (
 from train.config import PruneConfig, StudentConfig, StudentPruneConfig
 from train.pruning.once import mean_loss, prune
 from train.pruning.scores import neuron_norm, neuron_taylor
-from train.pruning.sizes import FileSizes, file_sizes, sparsities
+from train.pruning.sizes import FileSizes, file_sizes, layer_sparsities, sparsities
 
 SMALL = {
     "vocab_size": 60,
@@ -297,6 +298,19 @@ def test_sparsity_is_counted_by_kind_and_tied_matrices_once(tmp_path: Path) -> N
     assert found["down_proj"] == (3 * 24 * 20, 0.25)
     assert found["embed_tokens"] == (60 * 24, 0.0)
     assert "lm_head" not in found
+    layers = layer_sparsities(tmp_path)
+    assert [s.kind for s in layers] == ["0", "1", "2"]
+    in_kinds = [s for s in sparsities(tmp_path) if s.kind != "embed_tokens"]
+    assert (sum(s.weights for s in layers), sum(s.zeros for s in layers)) == (
+        sum(s.weights for s in in_kinds),
+        sum(s.zeros for s in in_kinds),
+    )
+
+
+def test_layers_of_two_stacks_are_told_apart(tmp_path: Path) -> None:
+    names = ["decoder.block.10.layer.0.wi", "decoder.block.2.layer.0.wi", "encoder.block.0.layer.1.wo", "shared"]
+    save_file({f"{name}.weight": torch.eye(4) for name in names}, tmp_path / "model.safetensors")
+    assert [(s.kind, s.share) for s in layer_sparsities(tmp_path)] == [("encoder 0", 0.75), ("decoder 2", 0.75), ("decoder 10", 0.75)]
 
 
 def test_sparse_files_are_as_large_and_compress_better(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 from rich.console import Console
 
 from data.examples import TaskExample, write_examples
-from launch import plots
+from data.records import TeacherRecord
+from data.store import shard_path, write_shard
+from launch import plots, samples
 from launch import report_html as words
 from launch.ladder import Paired, Report, ReportInputs, StageCost, _unquantized, build, compare
 from launch.report import page, terminal_table, write
@@ -296,8 +298,9 @@ def test_a_pruned_model_shows_its_zeros_and_that_they_save_nothing(inputs: Repor
     plain = Checkpoint.read(inputs.checkpoints["step_by_step"])
     for name, zeros in (("zeros", 500_000), ("smaller", 0)):
         folder = checkpoint(tmp_path / name)
+        layers = {"0": [600_000, zeros], "1": [400_000, 0]}
         made = replace(plain, sparsity={"q_proj": [1_000_000, zeros], "embed_tokens": [3_000_000, 0]}, compressed_bytes=700_000)
-        made.write(folder)
+        replace(made, layer_sparsity=layers).write(folder)
         inputs.checkpoints[name] = folder  # type: ignore[index]
     _, markdown, page = written(build(inputs), tmp_path / "out")
     for name, share, of_all in (("zeros", "50.0 %", "12.5 %"), ("smaller", "0.0 %", "0.0 %")):
@@ -308,6 +311,7 @@ def test_a_pruned_model_shows_its_zeros_and_that_they_save_nothing(inputs: Repor
         assert any(row[0] == "q_proj" and row[-1] == share for table in Tables(page).tables for row in table)
         assert ("these make no file smaller and no answer faster" in section) == (name == "zeros")
     assert "What was pruned: step_by_step" not in markdown
+    assert "Zeros by layer of zeros" in page and "Zeros by layer of smaller" not in page, "where there are none there is nothing to draw"
 
 
 def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:
@@ -335,6 +339,45 @@ def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:
         assert row in cells
     assert "The stages that ran this time took 2 min 05 s." in markdown
     assert "stepdown run 'my config.yaml'" in markdown
+
+
+def test_what_is_shipped_stands_first(inputs: ReportInputs, tmp_path: Path) -> None:
+    assert [(tile.label, tile.value, tile.note) for tile in page(build(inputs)).tiles] == [
+        ("Accuracy", "70.0 %", "95 % interval 39.7 to 89.2 %"),
+        ("Teacher's accuracy", "90.0 %", "on the same 10 test items"),
+        ("Size", "0.24 MB", "27.0 % of the fp32 file"),
+        ("One item takes", "32.0 ms", "teacher: 32.0 ms"),
+    ]
+    bare = evaluation(tmp_path / "bare", "teacher", LADDER["teacher"], weight_bytes=None, examples_per_second=None)
+    alone = page(build(dataclasses.replace(inputs, rungs=[bare], deployed={})))
+    assert [tile.label for tile in alone.tiles] == ["Accuracy"]
+    assert [plot.title for plot in alone.sections[1].plots][:2] == ["Accuracy against size", "Validation while training"]
+
+
+def test_what_the_teacher_wrote_is_shown_right_and_wrong(inputs: ReportInputs, tmp_path: Path) -> None:
+    wrote = [
+        samples.Written("1 + 1?", "2", "2", True, "One and one.", 1, False),
+        samples.Written("1 + 2?", "3", None, False, SCRIPT, 1, False),
+    ]
+    _, _, html = written(build(dataclasses.replace(inputs, written=wrote)), tmp_path / "out")
+    rows = [row for table in Tables(html).tables for row in table]
+    assert ["1 + 1?", "2", "✓ 2", "One and one."] in rows
+    assert ["1 + 2?", "3", "✗ -", SCRIPT] in rows
+
+
+def test_the_first_records_of_each_kind_are_samples(tmp_path: Path) -> None:
+    examples = [TaskExample(f"e{i}", f"question {i}", str(i)) for i in range(10)]
+    write_examples(tmp_path / "train.jsonl", examples)
+    records = [TeacherRecord(e.id, "train", "", "" if i == 1 else "because", e.label, True, i % 3 == 0) for i, e in enumerate(examples)]
+    write_shard(shard_path(tmp_path, "train", 0), records)
+    found = samples.written(tmp_path, tmp_path, 2)
+    assert [(w.input, w.agrees) for w in found] == [
+        ("question 0", True),
+        ("question 3", True),
+        ("question 1", False),
+        ("question 2", False),
+    ]
+    assert samples.first_of_each(((n > 1, n) for n in iter(range(10**9))), 2) == [2, 3, 0, 1]
 
 
 def test_what_was_not_measured_is_a_dash(inputs: ReportInputs, tmp_path: Path) -> None:
@@ -431,11 +474,16 @@ def test_text_from_data_is_escaped(inputs: ReportInputs, tmp_path: Path) -> None
 
 def test_every_plot_is_drawn_in_the_colours_of_the_page(inputs: ReportInputs) -> None:
     drawn = page(build(inputs)).sections[1].plots
-    assert [plot.title for plot in drawn] == ["Accuracy against size", "Validation while training", "Loss of step_by_step"]
-    assert [label for label, _, _ in drawn[0].legend] == list(LADDER)
-    assert [label for label, _, _ in drawn[2].legend] == ["label", "rationale", "validation"]  # the soft loss has no weight
+    assert [plot.title for plot in drawn] == [
+        "Accuracy against size",
+        "Accuracy against latency",
+        "Validation while training",
+        "Loss of step_by_step",
+    ]
+    assert [[label for label, _, _ in plot.legend] for plot in drawn[:2]] == [list(LADDER)] * 2
+    assert [label for label, _, _ in drawn[3].legend] == ["label", "rationale", "validation"]  # the soft loss has no weight
     # A model keeps its colour from plot to plot.
-    assert drawn[1].legend[0] == drawn[0].legend[2]
+    assert drawn[2].legend[0] == drawn[0].legend[2]
     for plot in drawn:
         assert not re.search(r"#[0-9a-f]{6}\b", plot.svg)
     ids = [name for plot in drawn for name in re.findall(r'\bid="([^"]+)"', plot.svg)]

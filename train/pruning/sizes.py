@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,10 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """Weights of one kind of matrix, and how many of them are 0."""
+    """Weights of one kind of matrix, or of one layer, and how many of them are 0."""
 
     kind: str
-    """The last part of the module's name: q_proj, down_proj, wi_0..."""
+    """The last part of the module's name: q_proj, down_proj, wi_0...; of a layer its number, behind its stack's name if there are two."""
     weights: int
     zeros: int
 
@@ -29,6 +31,15 @@ class Sparsity:
 
 def sparsities(folder: Path) -> list[Sparsity]:
     """Of every kind of matrix in a folder's safetensors files, tied ones once: counted there, not what was asked for."""
+    return _added_up(folder, lambda name: name.rpartition(".")[2])
+
+
+def layer_sparsities(folder: Path) -> list[Sparsity]:
+    """The same of every layer, in their order; what lies in none is left out."""
+    return [found for found in _added_up(folder, _layer) if found.kind]
+
+
+def _added_up(folder: Path, kind_of: Callable[[str], str]) -> list[Sparsity]:
     weights: dict[str, int] = defaultdict(int)
     zeros: dict[str, int] = defaultdict(int)
     for path in _files(folder):
@@ -36,10 +47,22 @@ def sparsities(folder: Path) -> list[Sparsity]:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 tensor = file.get_tensor(name)
                 if tensor.dim() > 1:
-                    kind = name.removesuffix(".weight").rpartition(".")[2]
+                    kind = kind_of(name.removesuffix(".weight"))
                     weights[kind] += tensor.numel()
                     zeros[kind] += tensor.numel() - int(tensor.count_nonzero())
-    return [Sparsity(kind, weights[kind], zeros[kind]) for kind in sorted(weights)]
+    return [Sparsity(kind, weights[kind], zeros[kind]) for kind in sorted(weights, key=_in_order)]
+
+
+def _layer(name: str) -> str:
+    """`encoder 3` of `encoder.block.3.layer.0...`, `3` of `model.layers.3...`; nothing of what lies in no layer."""
+    found = re.match(r"(?:.*?\b(encoder|decoder)\.)?[a-z_.]*?\.?(\d+)\.", name)
+    return " ".join(part for part in found.groups() if part) if found else ""
+
+
+def _in_order(kind: str) -> tuple[bool, str, int]:
+    """Layers by number, an encoder's before its decoder's."""
+    stack, _, number = kind.rpartition(" ")
+    return (stack == "decoder", stack, int(number)) if number.isdigit() else (False, kind, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from train.models import load_folder, num_parameters, replace_model
 from train.neurons import feed_forwards
 from train.pruning.gradual import MaskSchedule, NeuronNames, neuron_schedule, weight_schedule
 from train.pruning.once import check_pattern, prunable, prune, weight_norms
-from train.pruning.sizes import file_sizes, sparsities
+from train.pruning.sizes import file_sizes, layer_sparsities, sparsities
 from train.student.stage import StudentInputs, live_teacher, prepare_rows
 from train.trainer import OpenTracker, TrainingRun, train_checkpoint
 from train.world import World
@@ -93,8 +93,9 @@ def _measured(made: Checkpoint, folder: Path, world: World) -> Checkpoint:
     """With what is in the file, on rank 0, which describes it: zeros, and bytes when it is compressed."""
     if not world.is_main:
         return made
-    found = {kind.kind: [kind.weights, kind.zeros] for kind in sparsities(folder / "model")}
-    return replace(made, sparsity=found, compressed_bytes=file_sizes(folder / "model").compressed_bytes)
+    model = folder / "model"
+    kinds, layers = ({part.kind: [part.weights, part.zeros] for part in count(model)} for count in (sparsities, layer_sparsities))
+    return replace(made, sparsity=kinds, layer_sparsity=layers, compressed_bytes=file_sizes(model).compressed_bytes)
 
 
 def masks_of(model: PreTrainedModel, config: StudentPruneConfig, samples: Sequence[Sample], num_steps: int) -> MaskSchedule | None:
