@@ -7,6 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Metric = Literal["choice", "number", "expression", "text"]
+CHOICES_FIELD = "choices"
+"""Of every row, where the configuration lists the choices."""
+MAX_CHOICES = 26
+"""As many as there are letters."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -37,14 +41,23 @@ class TaskConfig(Section):
     """Where the examples come from, how a row becomes an input and a label, and how answers are compared."""
 
     train: str = Field(
-        description="Training rows: a .jsonl (also .gz, .xz) or .parquet file, hub:OWNER/NAME[:CONFIG][@SPLIT] "
+        description="Training rows: a .jsonl (also .gz, .xz), .parquet, .csv or .tsv file, hub:OWNER/NAME[:CONFIG][@SPLIT] "
         "(SPLIT is this key's name where left out), or builtin:arithmetic."
     )
     validation: str | None = Field(
         None,
         description="Rows for model selection, written as `train` is; left out, a part of `train` is set aside (`validation_fraction`).",
     )
-    test: str = Field(description="Test rows, written as `train` is; scored once, never used for selection.")
+    test: str | None = Field(
+        None,
+        description="Test rows, written as `train` is; scored once, never used for selection. Without such a file: `test_fraction`.",
+    )
+    test_fraction: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the training rows set aside as test rows, all rows of one input together; in place of `test`.",
+    )
     validation_fraction: float = Field(
         0.1, gt=0.0, lt=1.0, description="Share of the training rows set aside for model selection where `validation` is left out."
     )
@@ -55,11 +68,38 @@ class TaskConfig(Section):
         description="Template over a row's fields for a human rationale (gold solution), where the data has one; "
         "a tuned teacher learns from it.",
     )
-    choices: str | None = Field(None, description="Name of the row's field that lists the answer choices (metric `choice`).")
+    choices: str | list[str] | None = Field(
+        None,
+        description="Answer choices (metric `choice`): the name of the row's field that lists them, or a list of those of all rows, which "
+        "templates find as {choices}.",
+    )
     metric: Metric = Field(description="How an answer is compared with the label: choice, number, expression (by value) or text.")
     max_rejected: Fraction = Field(0.01, description="Largest share of rows (0 to 1) that may be rejected before the run stops.")
     max_rows: int | None = Field(None, ge=1, description="Use only the first N rows of the training split; all where left out.")
     arithmetic: ArithmeticConfig | None = Field(None, description="Knobs of builtin:arithmetic.")
+
+    @property
+    def choices_field(self) -> str | None:
+        """The field of a row that lists its choices, given there or added to every row."""
+        return CHOICES_FIELD if isinstance(self.choices, list) else self.choices
+
+    @model_validator(mode="after")
+    def _choices_are_choices(self) -> Self:
+        if isinstance(self.choices, list) and not 2 <= len(set(filter(str.strip, self.choices))) == len(self.choices) <= MAX_CHOICES:
+            raise ValueError(f"choices is {self.choices}: list 2 to {MAX_CHOICES} different ones, none of them empty")
+        return self
+
+    @model_validator(mode="after")
+    def _test_rows_have_a_source(self) -> Self:
+        if (self.test is None) == (self.test_fraction is None):
+            both = "test and test_fraction both say" if self.test is not None else "neither test nor test_fraction says"
+            raise ValueError(
+                f"{both} where the test rows come from: name a source in test, or set test_fraction (such as 0.2) to set a share of train "
+                "aside"
+            )
+        if self.test_fraction is not None and self.train.startswith("builtin:"):
+            raise ValueError(f"test_fraction is for a file or a data set: write test: {self.train}, which has test rows of its own")
+        return self
 
     @model_validator(mode="after")
     def _no_idle_knobs(self) -> Self:

@@ -3,6 +3,7 @@
 Sources, as `task.train`, `task.validation` and `task.test` name them:
 
     rows.jsonl, rows.jsonl.gz, rows.jsonl.xz, rows.parquet    a file; a relative path starts at the current directory
+    rows.csv, rows.tsv                                        a table with a header; every cell is text
     hub:OWNER/NAME[:CONFIG][@SPLIT]                           a data set of the hub; SPLIT is train, validation or test after the key
     builtin:arithmetic                                        data/arithmetic.py
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import re
@@ -26,20 +28,20 @@ from typing import IO, Any, Literal
 
 from data.answers import expression_value, gold_choice, number_value
 from data.arithmetic import generate
-from data.config import ArithmeticConfig, TaskConfig
+from data.config import CHOICES_FIELD, MAX_CHOICES, ArithmeticConfig, TaskConfig
 from data.examples import TaskExample, read_examples, write_examples
+from data.tables import table_rows
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ARITHMETIC = "builtin:arithmetic"
 REJECTED = "rejected.jsonl"
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".csv", ".tsv")
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
 _FIELD = re.compile(r"[^\W\d](?:[\w -]*[\w-])?")
 _RAW_CHARACTERS = 500
-_MAX_CHOICES = 26
 _JSON_KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
 
 
@@ -112,6 +114,13 @@ def check_template(template: str, key: str) -> None:
     _pieces(template, key)
 
 
+def field_problem(name: str) -> str | None:
+    """Why a field of this name cannot stand in a template; None where it can."""
+    return (
+        None if _FIELD.fullmatch(name) else "a field's name has letters, digits, spaces, dashes and underscores, and begins with a letter"
+    )
+
+
 @lru_cache(maxsize=64)
 def _pieces(template: str, key: str) -> tuple[tuple[bool, str], ...]:
     pieces = []
@@ -144,6 +153,8 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 
 def _choices(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = _field(row, name)
+    if isinstance(values, str):
+        values = _listed(values)
     if not isinstance(values, list | tuple):
         raise RowError(f"field {name!r} is not a list of choices: {_short(str(values))}")
     if any(value is None or isinstance(value, list | dict) or not str(value).strip() for value in values):
@@ -151,9 +162,19 @@ def _choices(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     choices = tuple(str(value) for value in values)
     if len(set(choices)) < 2:
         raise RowError(f"field {name!r} holds fewer than 2 different choices: {_short(str(values))}")
-    if len(choices) > _MAX_CHOICES:
-        raise RowError(f"field {name!r} holds {len(choices)} choices; at most {_MAX_CHOICES} can be lettered")
+    if len(choices) > MAX_CHOICES:
+        raise RowError(f"field {name!r} holds {len(choices)} choices; at most {MAX_CHOICES} can be lettered")
     return choices
+
+
+def _listed(cell: str) -> Any:
+    """The list that a cell of a table holds: `["yes", "no"]` as JSON, or `yes | no`; else the cell."""
+    if cell.lstrip().startswith("["):
+        try:
+            return json.loads(cell)
+        except json.JSONDecodeError:
+            return cell
+    return [choice.strip() for choice in cell.split("|")] if "|" in cell else cell
 
 
 def _short(text: str) -> str:
@@ -207,6 +228,8 @@ def _read_rows(key: str, source: str, split: Split, config: TaskConfig, seed: in
         return _numbered(_hub_rows(key, source, split))
     if source.endswith(".parquet"):
         return _numbered(_parquet_rows(key, _path(source)))
+    if source.endswith((".csv", ".tsv")):
+        return (_Row(row.line, row.raw, row.values, row.problem) for row in table_rows(key, _path(source)))
     return _jsonl_rows(key, _path(source))
 
 
@@ -278,6 +301,19 @@ def _json_row(number: int, line: bytes) -> _Row:
     return _Row(number, raw, values)
 
 
+def read_fields(source: str, most: int) -> list[dict[str, Any]]:
+    """The fields of a file's first rows, those that cannot be read left out.
+
+    Raises:
+        ValueError: if it is no file of a kind that is read.
+        RuntimeError: if it is damaged.
+    """
+    _check_source("FILE", source)
+    config = TaskConfig(train=source, test_fraction=0.5, metric="text")
+    rows = itertools.islice(_read_rows("FILE", source, "train", config, 0), most)
+    return [dict(row.values) for row in rows if row.values is not None]
+
+
 # --- rows to examples
 
 
@@ -288,12 +324,16 @@ def _example(values: Mapping[str, Any], config: TaskConfig) -> TaskExample:
         RowError: if the row does not fit.
     """
     fields = _plain(values)
-    text = render(config.input, fields, choices_field=config.choices)
-    label = render(config.label, fields, choices_field=config.choices).strip()
+    if isinstance(config.choices, list):
+        if CHOICES_FIELD in fields:
+            raise RowError(f"has a field {CHOICES_FIELD!r} of its own, but task.choices lists the choices of all rows")
+        fields[CHOICES_FIELD] = list(config.choices)
+    text = render(config.input, fields, choices_field=config.choices_field)
+    label = render(config.label, fields, choices_field=config.choices_field).strip()
     for name, value in (("input", text), ("label", label)):
         if not value.strip():
             raise RowError(f"{name} is empty")
-    choices = _choices(fields, config.choices) if config.choices else ()
+    choices = _choices(fields, config.choices_field) if config.choices_field else ()
     label = _checked_label(label, config, choices)
     key = json.dumps([text, label, choices], ensure_ascii=False)
     return TaskExample(
@@ -336,7 +376,7 @@ def _rationale(fields: Mapping[str, Any], config: TaskConfig) -> str | None:
     if config.rationale is None:
         return None
     nothing_as_empty = {name: "" if value is None else value for name, value in fields.items()}
-    return render(config.rationale, nothing_as_empty, choices_field=config.choices).strip() or None
+    return render(config.rationale, nothing_as_empty, choices_field=config.choices_field).strip() or None
 
 
 def _read_split(split: Split, source: str, config: TaskConfig, seed: int) -> tuple[list[TaskExample], list[_Rejection]]:
@@ -369,7 +409,7 @@ def fingerprint(config: TaskConfig, seed: int) -> str:
         ValueError: if a template is malformed, or a source is missing or of an unknown kind.
     """
     sources = _sources(config)
-    values = config.model_dump(mode="json", exclude={"max_rejected"})
+    values = config.model_dump(mode="json", exclude={"max_rejected"} | ({"test_fraction"} if config.test_fraction is None else set()))
     values |= {split: _file_hash(source) for split, source in sources.items() if _is_file(source)}
     return hashlib.sha256(json.dumps({"task": values, "seed": seed}, sort_keys=True).encode()).hexdigest()
 
@@ -402,8 +442,10 @@ def prepare(config: TaskConfig, *, seed: int, folder: Path) -> TaskSummary:
     for split, (examples, rejections) in read.items():
         _check_split(split, sources[split], len(examples), rejections, config.max_rejected, folder / REJECTED)
     splits = {split: examples for split, (examples, _) in read.items()}
+    if config.test_fraction is not None:
+        splits["train"], splits["test"] = _set_aside(splits["train"], config.test_fraction, seed, "test")
     if "validation" not in splits:
-        splits["train"], splits["validation"] = _set_aside(splits["train"], config.validation_fraction, seed)
+        splits["train"], splits["validation"] = _set_aside(splits["train"], config.validation_fraction, seed, "validation")
     splits["train"] = splits["train"][: config.max_rows]
     for split in SPLITS:
         write_examples(folder / f"{split}.jsonl", splits[split])
@@ -435,11 +477,13 @@ def _check_split(split: Split, source: str, usable: int, rejections: list[_Rejec
         raise ValueError(f"task.{split}: {source} holds no usable row ({read} read, {rejected} rejected); give a source with rows that fit")
 
 
-def _set_aside(train: list[TaskExample], fraction: float, seed: int) -> tuple[list[TaskExample], list[TaskExample]]:
-    """Training and validation rows, each in the order of the source.
+def _set_aside(
+    train: list[TaskExample], fraction: float, seed: int, split: Literal["validation", "test"]
+) -> tuple[list[TaskExample], list[TaskExample]]:
+    """Training rows and those of another split, each in the order of the source.
 
     Inputs are taken in the order of their hash, so that the choice does not depend on the order of the rows, and all rows of one
-    input go together, so that no validation input is trained on.
+    input go together, so that no input that is set aside is trained on.
     """
     counts = Counter(example.input for example in train)
     wanted, chosen, taken = max(1, round(fraction * len(train))), set(), 0
@@ -450,8 +494,8 @@ def _set_aside(train: list[TaskExample], fraction: float, seed: int) -> tuple[li
         taken += counts[text]
     if taken == len(train):
         raise ValueError(
-            f"task.validation_fraction is {fraction}: of {len(train)} training rows ({len(counts)} different inputs) none would be left "
-            "to train on; give more rows, a smaller fraction or task.validation"
+            f"task.{split}_fraction is {fraction}: of {len(train)} training rows ({len(counts)} different inputs) none would be left "
+            f"to train on; give more rows, a smaller fraction or task.{split}"
         )
     return [e for e in train if e.input not in chosen], [e for e in train if e.input in chosen]
 

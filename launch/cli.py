@@ -1,5 +1,6 @@
 """The command line.
 
+stepdown init reviews.csv
 stepdown run configs/quickstart.yaml
 stepdown run configs/quickstart.yaml student.epochs=2 name=short
 stepdown predict runs/quickstart "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
@@ -106,6 +107,20 @@ _until("teach", "Have the teacher write its records, after all that it needs.")
 _until("train", "Train the student and its baselines, after all that they need.")
 _until("deploy", "Make the files to ship, after all that they need.")
 _until("evaluate", "Measure every rung on the test split, after all that it needs.")
+
+
+@app.command()
+@_told
+def init(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows: .csv, .tsv, .jsonl (.gz, .xz) or .parquet.")],
+    out: Annotated[Path | None, typer.Option(help="Where the configuration goes; FILE's name with .yaml where left out.")] = None,
+) -> None:
+    """Write a commented configuration for a file of rows, its columns guessed."""
+    from rich.console import Console
+
+    from launch.init import write_config
+
+    write_config(file, out, Console())
 
 
 @app.command()

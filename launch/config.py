@@ -58,6 +58,11 @@ class Config(Section):
     launch: LaunchConfig = Field(default_factory=lambda: LaunchConfig.model_validate({}), description="On what the stages run.")
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig.model_validate({}), description="Where the numbers go.")
 
+    @property
+    def uses_rationales(self) -> bool:
+        """Some arm of the student learns from rationales."""
+        return self.student.single_task or any(arm.rationale for arm in self.student.arms.values())
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         rationales = self.teacher.rationales
@@ -66,8 +71,7 @@ class Config(Section):
         if isinstance(self.student.model, CutModel) and self.teacher.source in ("recorded", "endpoint"):
             kind = "a recorded teacher has no layers" if self.teacher.source == "recorded" else "a server does not give its layers away"
             raise ValueError(f"student.model is {{cut_from: teacher}}, but {kind}: name a model")
-        uses_rationales = self.student.single_task or any(arm.rationale for arm in self.student.arms.values())
-        if rationales.keep != "all" and not rationales.drop_rows and not uses_rationales:
+        if rationales.keep != "all" and not rationales.drop_rows and not self.uses_rationales:
             raise ValueError("teacher.rationales.keep has no effect while student.loss.rationale is 0: remove it, or add drop_rows: true")
         if self.task.rationale is not None and self.teacher.tune is None:
             raise ValueError("task.rationale has no effect without teacher.tune, which learns from it: remove it, or tune the teacher")

@@ -32,8 +32,9 @@ def written(records_folder: Path, task_folder: Path, most: int) -> list[Written]
     """
     from data.store import read_shard  # pyarrow and numpy, which a report without records does not need
 
-    examples = {example.id: example for example in read_examples(task_folder / "train.jsonl")}
-    records = (record for path in sorted(records_folder.glob("train-*.parquet")) for record in read_shard(path) if record.id in examples)
+    shards = sorted(records_folder.glob("train-*.parquet"))
+    examples = {example.id: example for example in read_examples(task_folder / "train.jsonl")} if shards else {}
+    records = (record for path in shards for record in read_shard(path) if record.id in examples)
     chosen = first_of_each(((record.agrees, record) for record in records), most)
     return [
         Written(examples[r.id].input, examples[r.id].label, r.label, r.agrees, r.rationale or r.text, r.votes, r.rationalized)

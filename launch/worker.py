@@ -69,7 +69,8 @@ def _run(
     if stage.kind == TUNE:
         from train.teacher import tune
 
-        return tune.run(config.teacher, task, stage.folder, world, seed=config.seed, open_tracker=open_tracker)
+        solved = config.task.rationale is not None or config.uses_rationales
+        return tune.run(config.teacher, task, stage.folder, world, seed=config.seed, open_tracker=open_tracker, solved=solved)
     if stage.kind == TEACH:
         return _teach(stage, config, table, task, world, open_tracker)
     if stage.kind == "train":
@@ -120,7 +121,7 @@ def _teach(
     tuned = table[TUNE].folder if TUNE in table else None
     layout = _layout(config, tuned, world)
     resolved = run_folder(config) / RESOLVED
-    inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices, tuned, layout, resolved)
+    inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices_field, tuned, layout, resolved)
     with open_tracker(teach.most_written(stage.folder)) as tracker:
         made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed, tracker=tracker)
         rows = sum(made.rows.values())
@@ -203,7 +204,7 @@ def student_inputs(config: Config, table: Mapping[str, Stage], task: Task) -> St
     if config.teacher.source == "recorded":
         # The store holds records of training and test rows. Validation rows can hold what the teacher wrote about them, but need not.
         with suppress(ValueError):
-            recorded = records(config.teacher, task.validation, "validation", config.task.metric, config.task.choices)
+            recorded = records(config.teacher, task.validation, "validation", config.task.metric, config.task.choices_field)
             written = {record.id: record for record in recorded}
     return StudentInputs(task, table[TEACH].folder, config.teacher.rationales, teacher, served, written)
 

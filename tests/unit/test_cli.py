@@ -35,6 +35,7 @@ CONFIG: dict[str, Any] = {
 }
 FORM = TextFormat("encoder_decoder", eos_id=1, pad_id=0, max_input_tokens=8, max_label_tokens=8, max_rationale_tokens=16)
 COMMANDS = (
+    "init",
     "run",
     "task",
     "tune",

@@ -181,7 +181,10 @@ def test_the_builtin_task_comes_from_its_generator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("rows.csv", "task.test: rows.csv is not a kind that is read; give a file (.jsonl, .jsonl.gz, .jsonl.xz, .parquet), hub:"),
+        (
+            "rows.xlsx",
+            "task.test: rows.xlsx is not a kind that is read; give a file (.jsonl, .jsonl.gz, .jsonl.xz, .parquet, .csv, .tsv), hub:",
+        ),
         ("builtin:poetry", "task.test: builtin:poetry is not known; the built-in task is builtin:arithmetic"),
         ("hub:a/b/c", "task.test: hub:a/b/c is not a hub data set; write hub:OWNER/NAME[:CONFIG][@SPLIT]"),
         ("hub:", "task.test: hub: is not a hub data set"),

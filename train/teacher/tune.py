@@ -18,24 +18,28 @@ from train.trainer import OpenTracker, TrainingRun, train_checkpoint
 from train.world import World
 
 
-def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: int, open_tracker: OpenTracker) -> Checkpoint:
+def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: int, open_tracker: OpenTracker, solved: bool) -> Checkpoint:
     """Tunes the teacher; its checkpoint, that of the least validation loss, is what the teacher's stage writes with.
 
     Args:
         config: the teacher, with `tune`.
-        task: whose training rows have gold solutions (`task.rationale`).
+        task: its rows.
         folder: of the stage.
         world: the processes.
         seed: of initial weights, order and dropout.
         open_tracker: gives the tracker, from a step.
+        solved: the teacher learns gold solutions (`task.rationale`); else labels alone.
 
     Raises:
-        ValueError: if no training row has a gold rationale.
+        ValueError: if it should, and no training row has one.
     """
     assert config.model is not None
     assert config.tune is not None
-    if not any(example.rationale for example in task.train):
-        raise ValueError("teacher.tune needs gold solutions, but task.rationale is missing or empty: name the field that holds them")
+    if solved and not any(example.rationale for example in task.train):
+        raise ValueError(
+            "teacher.tune needs gold solutions, but task.rationale is missing or empty: name the field that holds them, or tune on labels "
+            "alone, without task.rationale and with student.loss.rationale: 0"
+        )
     tokenizer = load_tokenizer(config.model, texts=vocabulary_texts(task.train), folder=None, key="teacher.model")
     model = load_model(config.model, tokenizer, seed=seed, dtype=torch.float32, key="teacher.model")
     plain = text_format(
