@@ -17,6 +17,7 @@ _CHOICES = "choices options candidates answers"
 _IDS = ("id", "idx", "index", "uuid", "guid", "key", "row")
 _MAX_CLASS_CHARACTERS = 40
 _ROWS_A_CLASS = 5
+_NEARLY_ALL = 0.99
 _MAX_NUMBER_CLASSES = 5
 """Numbers with more different values than this are compared as numbers: stars and flags are classes, amounts are not."""
 
@@ -36,6 +37,8 @@ class Guess:
     rationale: str | None = None
     left_out: tuple[str, ...] = ()
     """Columns that serve nothing."""
+    unlabelled: float = 0.0
+    """Share of the rows that have no label."""
     input_bytes: int = 0
     """Of nearly all inputs (99 %), in UTF-8."""
     label_bytes: int = 0
@@ -60,13 +63,17 @@ def guess(rows: Sequence[Mapping[str, Any]], where: str) -> Guess:
         ValueError: if there are no rows, fewer than two columns that can be used, or no label that differs from row to row.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    usable = [name for name in names if field_problem(name) is None and _has_values(rows, name)]
+    named = [name for name in names if field_problem(name) is None]
+    # Few rows without a label can be left out; of the other columns only those that nearly every row fills make an input.
+    given = _named([name for name in named if _filled(rows, name) > 0.5 and not _is_nested(rows, name)], _LABELS, rows)
+    usable = [name for name in named if name == given or _filled(rows, name) >= _NEARLY_ALL]
     if len(usable) < 2:
-        raise ValueError(f"{where} has {_told(names)}: an input and a label are needed, two columns with a header that names them")
+        unnamed = next((f"; {name!r} cannot be used: {field_problem(name)}" for name in names if name not in named), "")
+        raise ValueError(f"{where} has {_told(names)}: an input and a label are needed, two columns with a header that names them{unnamed}")
     identifiers = [name for name in usable if _is_identifier(rows, name)]
     choices = _named(usable, _CHOICES, rows, lists=True)
     free = [name for name in usable if name not in (*identifiers, choices) and not _is_nested(rows, name)]
-    label = _named(free, _LABELS, rows) or (free[-1] if len(free) > 1 else None)
+    label = given or (free[-1] if len(free) > 1 else None)
     if label is None:
         raise ValueError(f"{where} has {_told(names)}, of which none can be the label beside an input: add a column named label")
     rationale = _named([name for name in free if name != label], _RATIONALES, rows)
@@ -80,6 +87,7 @@ def guess(rows: Sequence[Mapping[str, Any]], where: str) -> Guess:
         choices=choices or classes,
         rationale=rationale,
         left_out=tuple(name for name in names if name not in (*inputs, label, rationale, choices)),
+        unlabelled=1 - _filled(rows, label),
         input_bytes=sum(_bytes(rows, name) + len(name) for name in [*inputs, *([choices] if choices else [])]),
         label_bytes=_bytes(rows, label),
         rationale_bytes=_bytes(rows, rationale) if rationale else 0,
@@ -127,9 +135,9 @@ def _is_nested(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return any(isinstance(row.get(name), dict | list) for row in rows[:100])
 
 
-def _has_values(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """In nearly every row: one that misses an input is rejected."""
-    return sum(row.get(name) not in (None, "") for row in rows) >= 0.99 * len(rows)
+def _filled(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The share of rows that have a value there; one that misses its input or label is rejected."""
+    return sum(row.get(name) not in (None, "") for row in rows) / len(rows)
 
 
 def _bytes(rows: Sequence[Mapping[str, Any]], name: str) -> int:

@@ -308,6 +308,8 @@ def read_fields(source: str, most: int) -> list[dict[str, Any]]:
         ValueError: if it is no file of a kind that is read.
         RuntimeError: if it is damaged.
     """
+    if not _is_file(source):
+        raise ValueError(f"FILE is {source}: give a file ({', '.join(_SUFFIXES)})")
     _check_source("FILE", source)
     config = TaskConfig(train=source, test_fraction=0.5, metric="text")
     rows = itertools.islice(_read_rows("FILE", source, "train", config, 0), most)

@@ -79,7 +79,7 @@ def render(sources: _Sources, found: Guess, num_rows: int, name: str) -> str:
         "label": _tokens(found.label_bytes, least=8, most=128),
         "rationale": _tokens(found.rationale_bytes, least=16, most=160),
     }
-    return environment.get_template("config.yaml").render(
+    text = environment.get_template("config.yaml").render(
         sources=sources,
         found=found,
         name=name,
@@ -87,7 +87,14 @@ def render(sources: _Sources, found: Guess, num_rows: int, name: str) -> str:
         epochs=max(1, min(40, math.ceil(_STEPS * _BATCH / min(num_rows, _MOST_ROWS)))),
         max_rows=_MOST_ROWS if num_rows >= _MOST_ROWS else None,
         new_tokens=tokens["label"] + (tokens["rationale"] if found.rationale else 0) + 8,
+        max_rejected=math.ceil(100 * found.unlabelled) / 100 + 0.01 if found.unlabelled > 0 else None,
     )
+    # A tab stands before each comment at a line's end; none is in a value, where YAML writes it otherwise.
+    return "\n".join("# ".join((left.ljust(38) + " ", comment)) if comment else left for left, _, comment in _cut(text))
+
+
+def _cut(text: str) -> list[tuple[str, str, str]]:
+    return [line.partition("\t# ") for line in text.split("\n")]
 
 
 def _tokens(num_bytes: int, *, least: int, most: int) -> int:

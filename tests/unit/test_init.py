@@ -77,6 +77,11 @@ def test_columns_that_miss_values_are_nested_or_cannot_be_named_are_left_out() -
             [{"text": "a"}] * 9,
             "rows.jsonl has the columns text: an input and a label are needed, two columns with a header that names them",
         ),
+        (
+            [{"1st": "a", "2nd": "b"}] * 9,
+            "rows.jsonl has the columns 1st, 2nd: an input and a label are needed, two columns with a header "
+            "that names them; '1st' cannot be used: a field's name has letters, digits, spaces, dashes and underscores, and begins with",
+        ),
         ([{"id": n, "text": f"a {n}"} for n in range(9)], "rows.jsonl has the columns id, text, of which none can be the label"),
         ([{"text": f"a {n}", "label": "x"} for n in range(9)], "the label is the same in all rows (x): there is nothing to learn"),
     ],
@@ -85,6 +90,13 @@ def test_what_cannot_be_guessed_is_said(rows: list[Row], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         guessed(rows)
     assert str(caught.value).startswith(message)
+
+
+def test_a_label_that_some_rows_miss_is_the_label_and_they_may_be_rejected() -> None:
+    rows = [{"text": f"t {n}", "label": "" if n % 10 == 0 else ["a", "b"][n % 2], "source": "web"} for n in range(100)]
+    path, _ = written("rows.csv", rows)
+    task = load_config(path).task
+    assert (task.label, task.max_rejected, task.choices) == ("{label}", 0.11, ["a", "b"])
 
 
 # Tables
@@ -205,6 +217,7 @@ def test_a_configuration_that_is_there_is_kept() -> None:
     ("file", "message"),
     [
         ("gone.csv", "FILE: {here}/gone.csv does not exist"),
+        ("hub:owner/name", "FILE is hub:owner/name: give a file (.jsonl, .jsonl.gz, .jsonl.xz, .parquet, .csv, .tsv)"),
         ("rows.xlsx", "FILE: rows.xlsx is not a kind that is read; give a file (.jsonl, .jsonl.gz, .jsonl.xz, .parquet, .csv, .tsv)"),
     ],
 )
