@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _QUIET_SECONDS = 5.0
 """Where there is no terminal, lines are at least this far apart: work of a few seconds needs none."""
@@ -30,6 +30,9 @@ class StageProgress:
         self._bar: Progress | None = None
         self._around: StageProgress | None = None
         self._started = self._told = time.monotonic()
+        self._measured: tuple[int, float] | None = None
+        """Units done and the time when the first were: what compiles or loads on the way there, or was done before, says nothing of the
+        rest."""
 
     def __enter__(self) -> Self:
         self._around = StageProgress._shown
@@ -42,12 +45,12 @@ class StageProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, console=self._console)
             self._bar.start()
-            self._task = self._bar.add_task(f"{self.title} ({self.unit})", total=self.total, note="")
+            self._task = self._bar.add_task(f"{self.title} ({self.unit})", total=self.total, note="", left="")
         return self
 
     def advance(self, amount: int = 1, note: str = "") -> None:
@@ -58,12 +61,25 @@ class StageProgress:
             return
         if not self.enabled:
             return
+        seconds = self._left()
+        left = "" if seconds is None else f"{clock(seconds)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, note=note, left=left)
         elif self.total and before * 10 // self.total != self.done * 10 // self.total and time.monotonic() - self._told > _QUIET_SECONDS:
             self._told = time.monotonic()
-            seconds = self._told - self._started
-            print(f"{self.title}: {self.done}/{self.total} {self.unit}, {seconds:.0f} s  {note}".rstrip(), file=sys.stderr, flush=True)
+            spent = f"{self._told - self._started:.0f} s{f', {left}' if left else ''}"
+            print(f"{self.title}: {self.done}/{self.total} {self.unit}, {spent}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def _left(self) -> float | None:
+        """Seconds until the end by the mean rate so far; None where there is none yet, and at the end."""
+        now = time.monotonic()
+        if self._measured is None:
+            self._measured = (self.done, now) if self.done else None
+            return None
+        done, since = self._measured
+        if self.done == done or self.done >= self.total:
+            return None
+        return (now - since) / (self.done - done) * (self.total - self.done)
 
     def tell(self, note: str) -> None:
         """Changes the note on a terminal."""
@@ -75,3 +91,9 @@ class StageProgress:
             StageProgress._shown = None
         if self._bar is not None:
             self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """A time in whole units: 89 s, 10 min, 2 h 47 min."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

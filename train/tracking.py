@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
@@ -34,6 +35,7 @@ and W&B's process beside it."""
 Mode = Literal["online", "offline", "disabled"]
 _PROBE_SECONDS = 2.0
 _INIT_SECONDS = 30.0
+_TOLD: set[str] = set()
 _FLUSH_SECONDS = 2.0
 _FINISH_SECONDS = 20.0
 """Once a process, where a network was lost on the way: what is left then stays on disk."""
@@ -101,6 +103,7 @@ class Tracker:
         """
         self.path, self.seconds, self._held = folder / LOG_FILE, 0.0, held
         self._file: TextIO | None = None
+        self._lock = Lock()
         self._remote: Background | None = None
         self._pending: tuple[int, dict[str, Any]] | None = None
         if not enabled and not node:
@@ -110,9 +113,9 @@ class Tracker:
             self._about = folder / (TRACKING_FILE if not node else f"tracking-node{node}.json")
             kept = self._kept(from_step) if enabled else []
             mode = wandb_mode(config)
-            self._note(key, mode)
+            self._identify(key, mode)
             if mode != "disabled":
-                who = _Identity(folder, config, mode, self.id, group, job_type, node)
+                who = _Identity(folder, config, mode, self.id, group, job_type, node, lambda: self._note(mode="offline"))
                 self._remote = Background(lambda: _Run.start(who, settings, kept), self._lost)
 
     def _kept(self, from_step: int) -> list[dict[str, Any]]:
@@ -123,14 +126,18 @@ class Tracker:
         self._file = self.path.open("a", buffering=1)
         return kept
 
-    def _note(self, key: str, mode: Mode) -> None:
+    def _identify(self, key: str, mode: Mode) -> None:
         """The id stays the same over all starts of a stage in its folder; one that begins anew elsewhere must not go on in its curves."""
         self._noted = json.loads(self._about.read_text()) if self._about.is_file() else {}
         if not self._noted.get("id", "").startswith(key):
             self._noted = {}
         self.id: str = self._noted.get("id") or "-".join(part for part in (key, secrets.token_hex(4)) if part)
-        self._noted |= {"id": self.id, "mode": mode, "seconds": self._noted.get("seconds", 0.0)}
-        write_json(self._about, self._noted)
+        self._note(id=self.id, mode=mode, seconds=self._noted.get("seconds", 0.0))
+
+    def _note(self, **values: Any) -> None:
+        with self._lock:  # W&B's thread notes, too
+            self._noted |= values
+            write_json(self._about, self._noted)
 
     @contextmanager
     def _clocked(self) -> Iterator[None]:
@@ -201,7 +208,7 @@ class Tracker:
             if (remote := self._remote) is not None:
                 remote.close(lambda run: run.finish(exit_code, complete=exit_code == 0 and not remote.has_failed))
         self._remote = self._file = None
-        write_json(self._about, self._noted | {"seconds": round(self._noted["seconds"] + self.seconds, 3)})
+        self._note(seconds=round(self._noted["seconds"] + self.seconds, 3))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -278,6 +285,8 @@ class _Identity:
     group: str
     job_type: str
     node: int
+    fell_back: Callable[[], None]
+    """Hears that a run that should be online is not."""
 
 
 class _Run:
@@ -370,19 +379,26 @@ def _open(who: _Identity, settings: Mapping[str, Any]) -> Any:
     """An online run where W&B answers, else one in files."""
     if who.mode == "online":
         if not _is_reachable(_address()):
-            _tell_offline(who, f"{_address()} does not answer within {_PROBE_SECONDS:g} s")
+            _fall_back(who, f"{_address()} does not answer within {_PROBE_SECONDS:g} s")
         else:
             try:
                 return _init(who, settings, "online")
             except Exception as error:  # not logged in, an expired key, a project that is not yours
-                _tell_offline(who, str(error).partition("\n")[0])
+                _fall_back(who, str(error).partition("\n")[0])
     return _init(who, settings, "offline")
 
 
-def _tell_offline(who: _Identity, why: str) -> None:
-    folder = who.folder / "wandb"
+def _fall_back(who: _Identity, why: str) -> None:
+    who.fell_back()
+    if why in _TOLD:  # once a process: its stages follow one another
+        return
+    _TOLD.add(why)
     logging.getLogger("stepdown").warning(
-        "Weights & Biases: %s; %s is written offline, and `wandb sync %s/offline-run-*` brings it in later", why, who.job_type, folder
+        "Weights & Biases: %s; %s is written offline, as is what follows while this lasts: `wandb sync %s/offline-run-*` brings it in "
+        "later",
+        why,
+        who.job_type,
+        who.folder / "wandb",
     )
 
 

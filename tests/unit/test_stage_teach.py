@@ -339,7 +339,7 @@ def test_the_tally_tells_rates_time_left_and_rejects(tmp_path: Path, monkeypatch
         counted.add(records)
         counted.add(records)
         counted.wait()
-    assert notes[0] == (4, "2 records/s, 100 tokens/s; 4 s left; 1 no answer; 1 not a number")
+    assert notes[0] == (4, "2 records/s, 100 tokens/s; 1 no answer; 1 not a number")
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines] == [38, 42]  # at most every few seconds, and at the end
     assert lines[0] == {
@@ -353,11 +353,6 @@ def test_the_tally_tells_rates_time_left_and_rejects(tmp_path: Path, monkeypatch
         "unparseable/no_answer": 2,
         "unparseable/not_a_number": 2,
     }
-
-
-@pytest.mark.parametrize(("seconds", "told"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (10_000, "2 h 47 min")])
-def test_time_left_in_words(seconds: float, told: str) -> None:
-    assert tally._duration(seconds) == told
 
 
 # ----- soft labels -----

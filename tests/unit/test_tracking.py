@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from train.background import Background, answers
 from train.config import TrackingConfig
-from train.progress import StageProgress
+from train.progress import StageProgress, clock
 from train.tracking import (
     LOG_FILE,
     TRACKING_FILE,
@@ -316,8 +317,9 @@ def test_a_run_is_written_offline_where_wandb_does_not_answer(
     Background.drain()
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
     assert [path.parent.name.partition("-run-")[0] for path in files_of(tmp_path)] == ["offline"]
+    assert json.loads((tmp_path / TRACKING_FILE).read_text())["mode"] == "offline"
     assert told(caplog) == [
-        f"Weights & Biases: {address} does not answer within 2 s; train is written offline, and "
+        f"Weights & Biases: {address} does not answer within 2 s; train is written offline, as is what follows while this lasts: "
         f"`wandb sync {tmp_path}/wandb/offline-run-*` brings it in later"
     ]
 
@@ -524,7 +526,27 @@ def test_progress_is_a_line_at_each_tenth_of_the_work(capsys: pytest.CaptureFixt
             progress.advance(1, "loss 0.5")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" steps")[0] for line in lines] == [f"train: {n}/40" for n in range(4, 41, 4)]
-    assert all(line.endswith(" s  loss 0.5") for line in lines)
+    assert all(line.endswith(" left  loss 0.5") for line in lines[:-1])
+    assert lines[-1].endswith(" s  loss 0.5")
+
+
+@pytest.mark.usefixtures("no_quiet")
+@pytest.mark.parametrize("before", [0, 100])
+def test_the_time_left_does_not_count_what_was_slow_at_first_or_done_before(
+    before: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StageProgress("train", before + 200, "steps") as progress:
+        progress.advance(before)
+        for step in range(200):
+            now[0] += 60 if step == 0 and not before else 2  # the first compiles
+            progress.advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    left = [int(line.split(", ")[-1].split()[0]) for line in lines if line.endswith(" s left")]
+    assert left == sorted(left, reverse=True) and left[-1] <= 60
+    tenth = next(line for line in lines if f" {before + 20}/" in line or f" {before + 30}/" in line)
+    assert tenth.endswith("6 min left")
 
 
 @pytest.mark.usefixtures("no_quiet")
@@ -555,3 +577,8 @@ def test_progress_on_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch
     assert "train (steps)" in text
     assert "4/4" in text
     assert "loss 0.5" in text
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (10_000, "2 h 47 min")])
+def test_time_left_in_words(seconds: float, told: str) -> None:
+    assert clock(seconds) == told

@@ -80,12 +80,6 @@ class Tally:
             )
 
     def _note(self, counts: dict[str, int], rates: dict[str, float]) -> str:
-        left = (self.total - counts["records"]) / rates["records"]
         rejects = [f"{counts[name]:,} {name}" for name in (NO_ANSWER, UNUSABLE[self.metric]) if counts[name]]
         speed = f"{rates['records']:.3g} records/s, {rates['generated_tokens']:,.0f} tokens/s"
-        return "; ".join([speed, f"{_duration(left)} left", *rejects])
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+        return "; ".join([speed, *rejects])
