@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -91,6 +92,14 @@ def hand_over(tracker: Tracker, stage: Stage, config: Config, table: Mapping[str
 
 def track(config: Config, table: Mapping[str, Stage], *, reported: bool) -> None:
     """Shows the deployed files and the evaluations that are done, the report where it was just written, and what a kill left unshown."""
+    try:
+        _track(config, table, reported=reported)
+    except OSError as error:  # records of somebody else's, in a folder that is not ours to write in
+        logging.getLogger("stepdown").warning("Weights & Biases does not get all of this run: %s", error)
+    Background.drain()
+
+
+def _track(config: Config, table: Mapping[str, Stage], *, reported: bool) -> None:
     done = [stage for stage in table.values() if stage.is_done]
     for stage in done:
         if stage.kind in (TASK, "evaluate") or is_shown(stage.folder):
@@ -106,7 +115,6 @@ def track(config: Config, table: Mapping[str, Stage], *, reported: bool) -> None
     if evaluated and not is_shown(folder):
         with _opened(folder, config, "evaluate", key, from_step=0) as tracker:
             _track_evaluation(tracker, evaluated, config, table, reported=reported)
-    Background.drain()
 
 
 def _opened(folder: Path, config: Config, job_type: str, key: str, *, from_step: int) -> Tracker:

@@ -39,28 +39,26 @@ def answers(url: str, seconds: float) -> bool:
 class Background:
     """Calls that are made one after another, each with what `open_service` returned.
 
-    Of one that raises `on_error` hears, and those after it are left out, but for the one that closes. Every call must be bounded in time:
-    `drain` waits for it, and so does the interpreter.
+    Of one that raises `on_error` hears, and those after it are left out, but for the one that closes. Every call must be bounded in time,
+    as `drain` waits for it.
     """
 
     _waited = 0.0
     """Seconds that closing has taken in this process."""
-    _threads: ClassVar[list[Thread]] = []
+    _closing: ClassVar[list[Thread]] = []
 
     def __init__(self, open_service: Callable[[], Any], on_error: Callable[[Exception], None]) -> None:
         self._calls: SimpleQueue[Callable[[Any], object] | None] = SimpleQueue()
         self._open, self._on_error = open_service, on_error
         self.has_failed = False
-        self._thread = Thread(target=self._work, name="tracking")
-        Background._threads.append(self._thread)
+        self._thread = Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
     @classmethod
     def drain(cls) -> None:
-        """Waits for all that is still going on in this process; to be called before its end, where libraries refuse to start anything."""
-        for thread in cls._threads:
-            thread.join()
-        cls._threads.clear()
+        """Waits for all that is closing in this process; to be called before its end, where libraries refuse to start anything."""
+        while cls._closing:
+            cls._closing.pop().join()
 
     def put(self, call: Callable[[Any], object]) -> None:
         """Has it called, later."""
@@ -70,6 +68,7 @@ class Background:
         """Has this called as the last, and waits for it as long as all closing of this process may take together."""
         self._last = call
         self._calls.put(None)
+        Background._closing.append(self._thread)
         began = time.monotonic()
         self._thread.join(max(0.0, max(_LEAST_SECONDS, _SHARE * (began - _BEGAN)) - Background._waited))
         Background._waited += time.monotonic() - began

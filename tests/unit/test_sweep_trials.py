@@ -171,7 +171,7 @@ def test_a_folder_holds_the_log_and_the_result_and_no_weights(tmp_path: Path) ->
     (tmp_path / "t" / "state").mkdir(parents=True)
     (tmp_path / "t" / "state" / "resume.json").write_text("left by a process that was killed")
     result = runner().run(trial("t"), tmp_path / "t")
-    assert {path.name for path in (tmp_path / "t").iterdir()} == {"log.jsonl", "trial.json"}
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {"log.jsonl", "tracking.json", "trial.json"}
     assert read_result(tmp_path / "t") == result
     assert (result.steps, result.processes, result.counts["rows"]) == (24, 1, 12)
     assert result.tokens_per_second is not None
