@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from data.sealing import ShardError, opened, sealed
 from data.soft_labels import AnswerDistribution
 
 CHUNK = 256
+SPLITS = ("train", "test")
+"""Whose examples get records."""
 MANIFEST = "manifest.json"
 STORE = "store.json"
 """Notes the configuration that writes the store, relative to its folder: what is damaged can be written anew with it."""
@@ -40,6 +43,28 @@ def missing_chunks(folder: Path, split: str, num_examples: int) -> list[int]:
     return [c for c in range(-(-num_examples // CHUNK)) if not shard_path(folder, split, c).is_file()]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A share of the chunks of a store, for processes that write it beside others that they know nothing of."""
+
+    index: int
+    """From 0."""
+    of: int
+
+    def chunks(self, rows: Mapping[str, int]) -> dict[str, list[int]]:
+        """The chunks of each split that are its own; those of all splits are dealt in turn.
+
+        Args:
+            rows: examples of each split, in the order of the splits.
+        """
+        every = [(split, chunk) for split, count in rows.items() for chunk in range(-(-count // CHUNK))]
+        return {split: [chunk for of_split, chunk in every[self.index :: self.of] if of_split == split] for split in rows}
+
+    def missing(self, folder: Path, rows: Mapping[str, int]) -> bool:
+        """Whether a shard of its own is not there."""
+        return any(set(own) & set(missing_chunks(folder, split, rows[split])) for split, own in self.chunks(rows).items())
+
+
 def write_shard(path: Path, records: Iterable[TeacherRecord], label: Mapping[str, str] | None = None) -> None:
     """Writes records as one sealed Parquet file: temporary name, fsync, rename, fsync of the folder.
 
@@ -49,7 +74,8 @@ def write_shard(path: Path, records: Iterable[TeacherRecord], label: Mapping[str
         label: where they come from (`store_check.Origin.label`); what is left out is compared with nothing.
     """
     content = sealed(pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA), label or {})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The number of a process is its own within its node only.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from train.signals import SIGNALS, STOPPED, die_with_parent
+from train.signals import SIGNALS, STOPPED, die_with_parent, tell_stopped
 
 _CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 _SAME_REQUEST_SECONDS = 2.0
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
         return 130
     except ChildFailedError as error:
         if has_stopped({failure.exitcode for failure in error.failures.values()}, relay.asked):
-            return STOPPED
+            return tell_stopped()
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name

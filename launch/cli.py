@@ -9,6 +9,7 @@ stepdown predict runs/quickstart "Tom has 3 apples. He buys 4 more. How many app
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of its keys.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")]
 Output = Annotated[str, typer.Option(help="Folder of all runs, for runs given by name.")]
 _show_traceback = False
 
@@ -176,6 +178,68 @@ def plan(
 
 @app.command()
 @_told
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the scripts and print the chain; queue nothing.")] = False,
+    site: Annotated[Path | None, typer.Option(metavar="FILE", help="What the cluster asks of every job; else slurm/site.yaml.")] = None,
+) -> None:
+    """Submit what is missing of a run to Slurm, as a chain of jobs."""
+    from rich.console import Console
+
+    from launch.config import load_config
+    from launch.submit import submit as submit_run
+
+    submit_run(load_config(config, overrides or ()), Console(), site=site, dry_run=dry_run)
+
+
+@app.command()
+@_told
+def status(run: Run, output: Output = "runs") -> None:
+    """Show the stages of a submitted run, their jobs, how far they are, and what stopped them."""
+    from rich.console import Console
+
+    from launch.rundir import find_run
+    from launch.status import status as read_status
+    from launch.status_table import show
+
+    show(read_status(find_run(run, output)), Console())
+
+
+@app.command()
+@_told
+def cancel(run: Run, output: Output = "runs") -> None:
+    """Cancel the jobs of a submitted run; what is done is kept."""
+    from launch.rundir import find_run
+    from launch.status import cancel as cancel_run
+
+    cancelled = cancel_run(find_run(run, output))
+    print(f"cancelled: {', '.join(cancelled)}" if cancelled else "no job of this run is in the queue")
+
+
+@app.command()
+@_told
+def logs(
+    run: Run,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="As `stepdown status` names it: teach, train.step_by_step, report, ...")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as more is written, until Ctrl-C.")] = False,
+    output: Output = "runs",
+) -> None:
+    """Print what the jobs of a stage wrote."""
+    from launch.rundir import find_run
+    from launch.status import logs as find_logs
+
+    paths = [str(path) for path in find_logs(find_run(run, output), stage)]
+    if follow:
+        os.execvp("tail", ["tail", "-n", "+1", "-F", *paths])
+    for path in paths:
+        if len(paths) > 1:
+            print(f"==> {path} <==")
+        print(Path(path).read_text(errors="replace"), end="")
+
+
+@app.command()
+@_told
 def sweep(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -244,7 +308,7 @@ def compare(
 @app.command()
 @_told
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")],
+    run: Run,
     text: Annotated[
         list[str], typer.Argument(help="Inputs as the task's template renders them; `-` reads one a line from standard input.")
     ],
@@ -263,7 +327,7 @@ def predict(
 @app.command()
 @_told
 def bench(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")],
+    run: Run,
     rung: Annotated[
         list[str] | None, typer.Option(help="Only these, as the ladder names them; all that a model serves where left out.")
     ] = None,

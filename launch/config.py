@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -19,6 +19,37 @@ from train.config import CutModel, DeployConfig, EvaluateConfig, StudentConfig, 
 from train.deploy.targets import MAX_RECOVERED_BITS, TARGETS
 
 RESOLVED = "config.yaml"
+WORD = r"^[A-Za-z0-9_.,@:+-]+$"
+"""Of Slurm's names: what needs no quotes in a job script."""
+
+
+class SlurmConfig(Section):
+    """How `stepdown submit` asks a Slurm cluster; what all runs of a cluster share stands in its site file."""
+
+    partition: str | None = Field(None, pattern=WORD, description="Partition of all jobs; left out: the site file's, else the cluster's.")
+    time: str | None = Field(
+        None,
+        pattern=r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d)$",
+        description="Time limit of each job as Slurm writes it (minutes, H:MM:SS, D-HH:MM:SS); what takes longer goes on in a new turn.",
+    )
+    signal_seconds: int = Field(
+        120, ge=1, le=65535, description="Seconds before the time limit at which a job is told to save; Slurm may be 60 s early."
+    )
+    max_restarts: int = Field(5, ge=0, description="Restarts in a row without progress after which a job fails.")
+    teacher_tasks: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Array tasks that share the teacher's records; left out: launch.nodes / teacher_nodes, 1 for recorded teachers."
+    )
+    teacher_tasks_at_once: Annotated[int, Field(ge=1)] | None = Field(None, description="Most of them that run together; left out: all.")
+    teacher_nodes: int = Field(1, ge=1, description="Nodes of each of them, for a teacher that one node does not hold.")
+
+    @model_validator(mode="after")
+    def _limit_is_one(self) -> Self:
+        if self.teacher_tasks_at_once is not None and self.teacher_tasks_at_once > (self.teacher_tasks or 0):
+            asked = "left out" if self.teacher_tasks is None else self.teacher_tasks
+            raise ValueError(
+                f"teacher_tasks_at_once is {self.teacher_tasks_at_once}, but teacher_tasks is {asked}: lower it, or raise teacher_tasks"
+            )
+        return self
 
 
 class LaunchConfig(Section):
@@ -31,6 +62,12 @@ class LaunchConfig(Section):
         "auto", description="GPUs to use, a process each; auto: all.", json_schema_extra={"hashed": False}
     )
     cpu_processes: int = Field(1, ge=1, description="Processes on a machine without GPUs.", json_schema_extra={"hashed": False})
+    nodes: int = Field(1, ge=1, description="Nodes that train together, alike in GPUs.", json_schema_extra={"hashed": False})
+    slurm: SlurmConfig = Field(
+        default_factory=lambda: SlurmConfig.model_validate({}),
+        description="What `stepdown submit` asks for.",
+        json_schema_extra={"hashed": False},
+    )
 
     @model_validator(mode="after")
     def _no_idle_knobs(self) -> Self:
@@ -98,6 +135,18 @@ class Config(Section):
             raise ValueError(
                 f"student.loss.divergence is {loss.divergence}, but teacher.soft_labels.format is {stored.format}, which serves forward_kl "
                 "only: set divergence to forward_kl, format to top_k, or student.loss.teacher to live"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_tasks_have_work(self) -> Self:
+        slurm, source = self.launch.slurm, self.teacher.source
+        if source == "recorded" and (slurm.teacher_tasks or 1) > 1:
+            raise ValueError(f"launch.slurm.teacher_tasks is {slurm.teacher_tasks}, but a recorded teacher only copies: remove it")
+        if source != "deepspeed" and slurm.teacher_nodes > 1:
+            raise ValueError(
+                f"launch.slurm.teacher_nodes is {slurm.teacher_nodes}, but with teacher.source: {source} one process asks for all answers: "
+                "remove it"
             )
         return self
 
@@ -207,15 +256,31 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         near = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml"))[:5]) if path.parent.is_dir() else ""
         raise ValueError(f"configuration {path} does not exist{f'; there are {near}' if near else ''}")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"configuration {path} holds {_kind(values)}, not keys with values; see configs/ for examples")
+    values = read_yaml(path, f"configuration {path}")
+    if values is None:
+        raise ValueError(f"configuration {path} holds nothing, not keys with values; see configs/ for examples")
     for override in overrides:
         _override(values, override)
     return validate(values, str(path))
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any] | None:
+    """The keys of a file, with what stands under them; None for an empty file.
+
+    Args:
+        path: the file.
+        what: it is, for messages.
+
+    Raises:
+        ValueError: if it is not YAML, or holds no keys.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} is not valid YAML: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{what} holds {_kind(values)}, not keys with values; see configs/ for examples")
+    return values
 
 
 def validate(values: Mapping[str, Any], where: str) -> Config:
@@ -224,10 +289,22 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
     Raises:
         ValueError: one line for each fault.
     """
+    return checked(Config, values, where)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def checked(section: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Raw values as a section.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
     try:
-        return Config.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}:\n" + "\n".join(f"  {line}" for line in _messages(error, values))) from error
+        raise ValueError(f"{where}:\n" + "\n".join(f"  {line}" for line in _messages(error, section, values))) from error
 
 
 def dump_config(config: Config) -> str:
@@ -273,32 +350,32 @@ def _override(values: dict[str, Any], override: str) -> None:
     at[last] = value
 
 
-def _messages(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+def _messages(error: ValidationError, section: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
     """One line a key: a key that may be of several kinds has a fault for each, and they are joined."""
     lines: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        head, message = _message(dict(fault), values)
+        head, message = _message(dict(fault), section, values)
         lines[head] = (
             f"{lines[head]}, or {message.removeprefix('input should be ')}" if head in lines and message not in lines[head] else message
         )
     return [f"{head}{message}" for head, message in lines.items()]
 
 
-def _message(fault: dict[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
+def _message(fault: dict[str, Any], section: type[BaseModel], values: Mapping[str, Any]) -> tuple[str, str]:
     """The key with what it was, and the bound with the way out."""
     location = _typed(fault["loc"], values, missing=fault["type"] == "missing")
     key = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1], refused=str(location[-1]))
+        known = _known_keys(section, location[:-1], refused=str(location[-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"{key}: ", f"unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{key}: ", "missing; it has no default"
     if fault["type"] == "model_type":
-        return f"{key}: ", f"is {fault['input']!r}; keys with values belong here: {', '.join(_known_keys(location, refused=''))}"
+        return f"{key}: ", f"is {fault['input']!r}; keys with values belong here: {', '.join(_known_keys(section, location, refused=''))}"
     if fault["type"] == "invalid_key":
-        return f"{key}: ", f"unknown key; known keys here: {', '.join(_known_keys(location[:-1], refused=''))}"
+        return f"{key}: ", f"unknown key; known keys here: {', '.join(_known_keys(section, location[:-1], refused=''))}"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":
@@ -318,9 +395,9 @@ def _typed(location: Sequence[str | int], values: Mapping[str, Any], *, missing:
     return [*typed, location[-1]] if missing else typed
 
 
-def _known_keys(location: Sequence[str | int], *, refused: str) -> list[str]:
-    """The keys that the section at a location knows; of several kinds of section, those of the kinds that refuse a key."""
-    classes: list[type[BaseModel]] = [Config]
+def _known_keys(section: type[BaseModel], location: Sequence[str | int], *, refused: str) -> list[str]:
+    """The keys that a location within a section knows; of several kinds of section, those of the kinds that refuse a key."""
+    classes: list[type[BaseModel]] = [section]
     for part in location:
         classes = [inner for c in classes if part in c.model_fields for inner in _sections(c.model_fields[str(part)].annotation)]
     return sorted({name for c in classes if refused not in c.model_fields for name in c.model_fields})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +24,7 @@ from launch.hardware import cpu_count, detect
 from launch.parameters import family_of
 from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, deployed_from, made_by, stages, task_stage
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
+from launch.torchrun import Rendezvous, torchrun
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
@@ -31,6 +33,9 @@ from train.evaluate import REQUEST, EvalRequest, command
 from train.runtimes import device_for
 from train.signals import PARENT, SIGNALS, STOPPED, handling
 from train.tracking import COMMAND_VARIABLES
+
+_PORT = 29500
+"""Of the rendezvous over several nodes: torchrun's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +68,33 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
     with locked(folder), writing(folder):
         # Not before the lock: the workers of a run that is going on read the configuration from there.
         open_run(config, command_line())
-        _prepare(config, finished)
+        finished.append(prepare_task(config))
         _tell(finished[-1], console)
         table = stages(config, finished[0].artifact)
         write_stages(folder, {name: stage.folder for name, stage in table.items()})
         if not any(stage.kind == until for stage in table.values()):
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
-        _check_targets(config, wanted)
+        check_targets(config, wanted)
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
         missing = [s for s in wanted if s.place == "worker" and not s.is_done]
         before = {s.name for s in wanted if s.is_done}
+        if missing and config.launch.nodes > 1:
+            _tell_nodes(folder, config, [s.name for s in missing], console)
         if missing:
             _run_worker(folder, config, [s.name for s in missing])
         for stage in (s for s in wanted if s.place == "worker"):
-            finished.append(_finished(stage, stage.name in before))
+            finished.append(read_finished(stage, stage.name in before))
             _tell(finished[-1], console)
         for stage in (s for s in wanted if s.place == "process" and made_from(s, config, table).is_done):
-            made_it = stage.is_done or (_deploy if stage.kind == "deploy" else _evaluate)(stage, config, table)
-            finished.append(_finished(stage, stage.name in before) if made_it else Finished(stage, None, skipped=False))
+            made_it = stage.is_done or (make_file if stage.kind == "deploy" else measure_rung)(stage, config, table)
+            finished.append(read_finished(stage, stage.name in before) if made_it else Finished(stage, None, skipped=False))
             if made_it:
                 _tell(finished[-1], console)
     return finished
 
 
-def _check_targets(config: Config, wanted: Sequence[Stage]) -> None:
+def check_targets(config: Config, wanted: Sequence[Stage]) -> None:
     """Before a student is trained for hours, that its files can be made: of its family, as far as that is known, and here."""
     family = family_of(config.student.model, config.teacher.model)
     for stage in wanted:
@@ -116,10 +123,9 @@ def made_from(stage: Stage, config: Config, table: Mapping[str, Stage]) -> Stage
     return deployed_from(config, table, stage) if stage.kind == "deploy" else made_by(config, table, stage.detail)
 
 
-def worker_command(folder: Path, processes: int, names: Sequence[str]) -> list[str]:
-    """The command line that runs stages under torchrun."""
-    torchrun = ["--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, "-m", "launch.agent", *torchrun, "-m", "launch.worker", str(folder), *names]
+def worker_command(folder: Path, processes: int, names: Sequence[str], rendezvous: Rendezvous | None = None) -> list[str]:
+    """The command line that runs stages under torchrun, on one node or where several meet."""
+    return [sys.executable, "-m", "launch.agent", *torchrun(processes, rendezvous), "-m", "launch.worker", str(folder), *names]
 
 
 def worker_environment(processes: int, cpus: int, device: Literal["auto", "cpu", "cuda"] = "auto") -> dict[str, str]:
@@ -198,7 +204,8 @@ def eval_request(stage: Stage, config: Config, table: dict[str, Stage]) -> EvalR
     )
 
 
-def _prepare(config: Config, finished: list[Finished]) -> None:
+def prepare_task(config: Config) -> Finished:
+    """Reads the task's rows, where that is not done."""
     stage = task_stage(config)
     skipped = stage.is_done
     if not skipped:
@@ -206,10 +213,11 @@ def _prepare(config: Config, finished: list[Finished]) -> None:
         stage.folder.mkdir(parents=True, exist_ok=True)
         made = prepare(config.task, seed=config.seed, folder=stage.folder)
         TaskFiles(made.digest, made.rows, made.rejected, made.leaked, time.monotonic() - started).write(stage.folder)
-    finished.append(_finished(stage, skipped))
+    return read_finished(stage, skipped)
 
 
-def _finished(stage: Stage, skipped: bool) -> Finished:
+def read_finished(stage: Stage, skipped: bool) -> Finished:
+    """A stage that is done, with what it made."""
     return Finished(stage, ARTIFACT_OF[stage.kind].read(stage.folder), skipped)
 
 
@@ -254,6 +262,21 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return status
 
 
+def _tell_nodes(folder: Path, config: Config, names: Sequence[str], console: Console) -> NoReturn:
+    """Says what to start where: without Slurm nobody starts processes on other nodes."""
+    nodes, processes = config.launch.nodes, num_processes(config)
+    for node in range(nodes):
+        meeting = Rendezvous(nodes, "FIRST_NODE", _PORT, config.name, is_host=node == 0)
+        words = shlex.join(worker_command(folder, processes, names, meeting))
+        line = f"node {node}: cd {shlex.quote(str(Path.cwd()))} && PYTHONSAFEPATH=1 {words}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    raise RuntimeError(
+        f"launch.nodes is {nodes}, and `stepdown run` starts processes on this machine only: start the lines above together, each on its "
+        "node, with the name of the first in place of FIRST_NODE; the same command then goes on from there. On a Slurm cluster "
+        "`stepdown submit` does all this"
+    )
+
+
 def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
     processes = num_processes(config)
     status = supervise(worker_command(folder, processes, names), worker_environment(processes, cpu_count(), config.launch.device))
@@ -261,7 +284,7 @@ def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
         raise RuntimeError(f"the worker ended with status {status}; what is done is kept: the same command goes on from there")
 
 
-def _deploy(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
+def make_file(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     """Whether the file was made; where not, its process has said why."""
     request = stage.folder / "request.json"
     target = target_of(stage.detail)
@@ -274,7 +297,12 @@ def _deploy(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     return status == 0
 
 
-def _evaluate(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
+def measure_rung(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
+    """Measures a rung of the ladder in a process of its own.
+
+    Raises:
+        RuntimeError: if it fails; the message of its process stands above.
+    """
     request = stage.folder / REQUEST
     eval_request(stage, config, table).write(request)
     status = supervise(command(request), worker_environment(1, cpu_count(), config.launch.device))

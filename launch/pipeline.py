@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.sealing import CODEC
+from data.store import Part
 from data.tasks import fingerprint
 from launch.config import Config, hashed
 from launch.rundir import SHARED, run_folder
@@ -101,6 +102,15 @@ def stages(config: Config, task: TaskFiles) -> dict[str, Stage]:
         }
         table[f"evaluate.{rung}"] = _stage(config, f"evaluate.{rung}", inputs, "process")
     return table
+
+
+def parted(name: str) -> tuple[str, Part | None]:
+    """A stage as the command line names it: the stage, and the part of it where one is named."""
+    stage, _, part = name.partition(":")
+    if not part:
+        return stage, None
+    index, _, of = part.partition("/")
+    return stage, Part(int(index), int(of))
 
 
 def _deploys(config: Config, table: Mapping[str, Stage], common: Mapping[str, Any]) -> dict[str, Stage]:

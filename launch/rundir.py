@@ -83,12 +83,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, *, patience_seconds: float = 5.0) -> Iterator[None]:
+def locked(folder: Path, *, patience_seconds: float = 5.0, shared: bool = False) -> Iterator[None]:
     """Only one process at a time works in a folder; the lock ends with its process, however that ends.
 
     Args:
         folder: made where it is missing.
         patience_seconds: how long to wait for a process that is just ending.
+        shared: work beside others that say so too, each on files of its own.
 
     Raises:
         RuntimeError: if another process holds it, or the folder cannot be written.
@@ -100,7 +101,7 @@ def locked(folder: Path, *, patience_seconds: float = 5.0) -> Iterator[None]:
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):

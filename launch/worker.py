@@ -1,6 +1,7 @@
 """What each rank runs: the stages named, one after another, in one start of torch and DeepSpeed.
 
 torchrun --standalone --nproc-per-node 1 -m launch.worker RUN_FOLDER STAGE [STAGE ...]
+torchrun --standalone --nproc-per-node 1 -m launch.worker RUN_FOLDER teach:0/4        the first of four parts of the records
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from data.store import Part
 from data.tasks import Task, read_task
 from launch.architecture import Architecture, architecture_of, assumed_architecture
 from launch.config import RESOLVED, Config, load_config
@@ -20,7 +23,7 @@ from launch.hardware import detect, memory_bytes
 from launch.inference_memory import weight_bytes
 from launch.lineage import hand_over
 from launch.parameters import is_known
-from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, shipped, stages, task_stage
+from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, parted, shipped, stages, task_stage
 from launch.plan import cpu_teacher_plan, teacher_plan
 from launch.rundir import locked, run_folder, writing
 from launch.workload import inference_of
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from data.records import TeacherRecord
     from train.student.stage import StudentInputs
     from train.teacher.live import Layout
+    from train.teacher.stage import TeacherInputs
     from train.world import World
 
 _HOST_SHARE = 0.8
@@ -45,15 +49,15 @@ def run_stages(config: Config, names: Sequence[str], world: World) -> None:
     """Runs stages that are not done; each marks its folder when it is."""
     table = stages(config, TaskFiles.read(task_stage(config).folder))
     task = read_task(table[TASK].folder)
-    for name in names:
+    for name, part in map(parted, names):
         stage = table[name]
         stage.folder.mkdir(parents=True, exist_ok=True)
+        if part is not None and not _is_written(part, stage, config, table, task, world):
+            continue
         # Two runs that share a teacher: the second waits, and finds the work done.
         with locked(stage.folder, patience_seconds=1e9) if world.is_main else nullcontext():
             world.barrier()
-            done = stage.is_done
-            world.barrier()
-            if done:
+            if world.sees(stage.is_done):
                 continue
             with _tracking(stage, config, table, world) as open_tracker:
                 artifact = _run(stage, config, table, task, world, open_tracker)
@@ -61,6 +65,20 @@ def run_stages(config: Config, names: Sequence[str], world: World) -> None:
                 if world.is_main:
                     artifact.write(stage.folder)
             world.barrier()
+
+
+def _is_written(part: Part, stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> bool:
+    """Writes a part of the records; whether those of all parts are there, so that the stage can be marked as done."""
+    from train.teacher import stage as teach
+
+    rows = teach.rows_of(task)
+    if world.sees(part.missing(stage.folder, rows)):
+        # The parts work side by side; one that writes the whole store waits for them.
+        with locked(stage.folder, patience_seconds=1e9, shared=True) if world.is_main else nullcontext():
+            world.barrier()
+            _teach_part(part, stage, config, table, task, world)
+            world.barrier()
+    return not world.sees(Part(0, 1).missing(stage.folder, rows))
 
 
 def _run(
@@ -118,15 +136,29 @@ def _teach(
 ) -> Artifact:
     from train.teacher import stage as teach
 
-    tuned = table[TUNE].folder if TUNE in table else None
-    layout = _layout(config, tuned, world)
-    resolved = run_folder(config) / RESOLVED
-    inputs = teach.TeacherInputs(task, config.task.metric, config.task.choices_field, tuned, layout, resolved)
+    inputs = _teacher_inputs(config, table, task, world)
     with open_tracker(teach.most_written(stage.folder)) as tracker:
         made = teach.run(config.teacher, inputs, stage.folder, world, seed=config.seed, tracker=tracker)
         rows = sum(made.rows.values())
         tracker.log(rows, {"records": rows, "generated_tokens": made.generated_tokens, "seconds": made.seconds})
     return made
+
+
+def _teach_part(part: Part, stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> None:
+    from train.teacher import stage as teach
+
+    inputs = _teacher_inputs(config, table, task, world)
+    own = replace(stage, folder=stage.folder / f"part-{part.index}-of-{part.of}")  # a log of its own
+    with _tracking(own, config, table, world, shows=False) as open_tracker, open_tracker(0) as tracker:
+        teach.run_part(config.teacher, inputs, stage.folder, world, part, seed=config.seed, tracker=tracker)
+
+
+def _teacher_inputs(config: Config, table: Mapping[str, Stage], task: Task, world: World) -> TeacherInputs:
+    from train.teacher.stage import TeacherInputs
+
+    tuned = table[TUNE].folder if TUNE in table else None
+    layout = _layout(config, tuned, world)
+    return TeacherInputs(task, config.task.metric, config.task.choices_field, tuned, layout, run_folder(config) / RESOLVED)
 
 
 def _train(
@@ -210,8 +242,10 @@ def student_inputs(config: Config, table: Mapping[str, Stage], task: Task) -> St
 
 
 @contextmanager
-def _tracking(stage: Stage, config: Config, table: Mapping[str, Stage], world: World) -> Iterator[Callable[[int], Tracker]]:
-    """Gives what opens the stage's tracker; when the stage is marked as done, it shows what was read and made."""
+def _tracking(
+    stage: Stage, config: Config, table: Mapping[str, Stage], world: World, *, shows: bool = True
+) -> Iterator[Callable[[int], Tracker]]:
+    """Gives what opens the stage's tracker; when the stage is marked as done, it `shows` what was read and made."""
     opened: list[Tracker] = []
     is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and not world.is_main
 
@@ -234,7 +268,7 @@ def _tracking(stage: Stage, config: Config, table: Mapping[str, Stage], world: W
     code = 1
     try:
         yield open_tracker
-        if world.is_main:
+        if world.is_main and shows:
             for tracker in opened:
                 hand_over(tracker, stage, config, table)
         code = 0

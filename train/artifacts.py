@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -184,7 +185,8 @@ class EvalResult(Artifact):
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON so that a reader sees the old file or the whole new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The number of a process is its own within its node only.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     with temporary.open("w") as file:
         json.dump(value, file, indent=2)
         file.flush()

@@ -13,12 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75
 """Exit status of what was asked to stop and goes on when it is started again: EX_TEMPFAIL of sysexits.h."""
 
+STOPPED_FILE = "STEPDOWN_STOPPED_FILE"
+"""The environment variable with the path of a file that is made where work stopped so: over several nodes exit statuses get lost, as
+the first process to end has the others killed."""
 PARENT = "STEPDOWN_PARENT_PID"
 """The environment variable by which a process knows its parent's number."""
 _PR_SET_PDEATHSIG = 1
@@ -36,6 +40,13 @@ class Request:
 
     asked: str | None = None
     """Name of the first signal that asked."""
+
+
+def tell_stopped() -> int:
+    """Makes the file that `STOPPED_FILE` names, where it names one; gives the exit status for what was asked to stop and did."""
+    if path := os.environ.get(STOPPED_FILE):
+        Path(path).touch()
+    return STOPPED
 
 
 @contextmanager

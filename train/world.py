@@ -30,6 +30,10 @@ class World:
             distributed.all_reduce(total)
         return total.to(values.device)
 
+    def sees(self, what: bool) -> bool:
+        """What the main process sees, on every process: the nodes' views of a shared folder may be seconds apart."""
+        return bool(self.sum(torch.tensor(int(what and self.is_main))))
+
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.size > 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 from data.config import Metric
 from data.examples import TaskExample
 from data.records import TeacherRecord
-from data.store import CHUNK, MANIFEST, STORE, check_complete, manifest, read_records, shard_path, sweep, write_shard
+from data.store import CHUNK, MANIFEST, SPLITS, STORE, Part, check_complete, manifest, read_records, shard_path, sweep, write_shard
 from data.store_check import Origin, check_store, refuse_bad
 from data.tasks import Task
 from train.artifacts import Records, write_json
@@ -29,8 +29,6 @@ from train.teacher.recorded import records
 from train.teacher.tally import Tally
 from train.tracking import Tracker
 from train.world import World
-
-SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +61,47 @@ def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World
     Raises:
         RuntimeError: if a shard that is there is damaged, or another teacher's.
     """
-    clock = _Clock(folder, inputs.config_file)
-    splits: dict[str, Sequence[TaskExample]] = {split: getattr(inputs.task, split) for split in SPLITS}
+    how = _write(config, inputs, folder, world, None, seed=seed, tracker=tracker)
+    return _finish(_splits(inputs.task), inputs.metric, folder, world, how)
+
+
+def run_part(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World, part: Part, *, seed: int, tracker: Tracker) -> None:
+    """Writes the missing records of a part, beside other processes that write the other parts; `run` finishes the store.
+
+    Args:
+        config: the teacher.
+        inputs: the task, and where the tuned teacher lies.
+        folder: of the record store.
+        world: the processes of this part.
+        part: which chunks.
+        seed: of the draws.
+        tracker: takes counts and rates of this part.
+
+    Raises:
+        RuntimeError: if a shard that is there is damaged, or another teacher's.
+    """
+    _write(config, inputs, folder, world, part, seed=seed, tracker=tracker)
+
+
+def rows_of(task: Task) -> dict[str, int]:
+    """Rows of each split that gets records."""
+    return {split: len(examples) for split, examples in _splits(task).items()}
+
+
+def _splits(task: Task) -> dict[str, Sequence[TaskExample]]:
+    return {split: getattr(task, split) for split in SPLITS}
+
+
+def _write(
+    config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World, part: Part | None, *, seed: int, tracker: Tracker
+) -> _Run:
+    clock, splits = _Clock(folder, inputs.config_file), _splits(inputs.task)
     prompts = open_prompts(config, inputs.tuned)
-    _open_store(folder, splits, prompts.origin, clock, world)
+    _open_store(folder, splits, prompts.origin, clock, world, alone=part is None)
     absent = {split: missing(folder, split, examples, world) for split, examples in splits.items()}
+    if part is not None:
+        own = part.chunks(rows_of(inputs.task))
+        absent = {split: [chunk for chunk in chunks if chunk.number in own[split]] for split, chunks in absent.items()}
     sharding, degree = config.source if config.source != "deepspeed" else inputs.layout.sharding, inputs.layout.tensor_degree or 1
     if isinstance(prompts, Recorded):
         if world.is_main:
@@ -76,9 +110,11 @@ def run(config: TeacherConfig, inputs: TeacherInputs, folder: Path, world: World
         live = open_live(config, prompts, inputs.layout, inputs.metric, inputs.tuned, world, seed=seed)
         if live.teacher is not None:
             sharding, degree = live.teacher.sharding, live.teacher.degree
-        _write_live(live, absent, inputs, folder, prompts.origin, world, tracker, clock)
+        # A part counts its own records only.
+        before = 0 if part is not None else sum(map(len, splits.values())) - sum(len(c.examples) for cs in absent.values() for c in cs)
+        _write_live(live, absent, inputs, folder, prompts.origin, world, tracker, clock, before)
     world.barrier()
-    return _finish(splits, inputs.metric, folder, world, _Run(sharding, degree, world.size, clock.seconds))
+    return _Run(sharding, degree, world.size, clock.seconds)
 
 
 def most_written(folder: Path) -> int:
@@ -106,13 +142,16 @@ class _Clock:
         write_json(self.folder / STORE, {**config, "seconds": self.seconds})
 
 
-def _open_store(folder: Path, splits: Mapping[str, Sequence[TaskExample]], origin: Origin, clock: _Clock, world: World) -> None:
+def _open_store(
+    folder: Path, splits: Mapping[str, Sequence[TaskExample]], origin: Origin, clock: _Clock, world: World, *, alone: bool
+) -> None:
     """Nothing is added to a store with bad shards: whoever reads it later would learn from two teachers."""
     error: Exception | None = None
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         clock.note()
-        sweep(folder)
+        if alone:
+            sweep(folder)
         try:
             refuse_bad(folder, check_store(folder, splits, origin))
             # It spoke of a store that was whole; what is written from here on need not be the same on other hardware.
@@ -139,9 +178,9 @@ def _write_live(
     world: World,
     tracker: Tracker,
     clock: _Clock,
+    before: int,
 ) -> None:
     """Answers, scores and writes chunk by chunk; each process takes the next one when it has room."""
-    before = sum(len(getattr(inputs.task, s)) - sum(len(chunk.examples) for chunk in chunks) for s, chunks in absent.items())
     for split, chunks in absent.items():
         total = sum(len(chunk.examples) for chunk in chunks)
         with StageProgress(f"teach ({split})", total, "records", enabled=world.is_main) as progress:

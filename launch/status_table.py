@@ -1,0 +1,25 @@
+"""The state of a run as a table on the terminal. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.status import Row, State
+
+_STYLES: dict[State, str] = {"done": "green", "running": "cyan", "failed": "red", "cancelled": "yellow", "not run": "yellow"}
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the table, and below it in full what each stage waits for or what ended it: it may be long."""
+    table = Table("stage", "state", "job", "progress", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(Text(row.stage), Text(row.state, style=_STYLES.get(row.state, "")), Text(row.job), Text(row.progress))
+    console.print(table)
+    for row in rows:
+        for told in filter(None, (row.why, row.link)):
+            console.print(f"{row.stage}: {told}", highlight=False, soft_wrap=True, markup=False)
