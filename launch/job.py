@@ -118,7 +118,8 @@ def _environment(request: JobRequest, jobs_folder: Path, environment: Mapping[st
         cpus = int(environment.get("SLURM_CPUS_PER_TASK") or cpu_count())
         made = worker_environment(request.processes, cpus, load_config(jobs_folder / RESOLVED).launch.device)
     made.pop(PARENT, None)  # the parent of a step is Slurm's
-    return {**made, STOPPED_FILE: str(mark)}
+    # Where processes end one after another, torch's stores warn of it in a page each.
+    return {"TORCH_CPP_LOG_LEVEL": "ERROR", **made, STOPPED_FILE: str(mark)}
 
 
 def _supervised(command: Sequence[str], environment: Mapping[str, str], label: str, mark: Path) -> Ended:
@@ -131,7 +132,7 @@ def _supervised(command: Sequence[str], environment: Mapping[str, str], label: s
             except subprocess.TimeoutExpired:
                 if request.asked is not None and time.monotonic() > due:
                     due = time.monotonic() + _REPEAT_SECONDS
-                    subprocess.run(["scancel", "--signal=USR1", label], check=False)
+                    subprocess.run(["scancel", "--signal=USR1", label], check=False, capture_output=True)
                 continue
             return Ended(status, status == STOPPED or mark.is_file(), request.asked is not None)
 

@@ -16,7 +16,7 @@ from launch.config import RESOLVED, load_config
 from launch.lineage import track
 from launch.local import Stopped, make_file, measure_rung
 from launch.pipeline import stages, task_stage
-from launch.rundir import locked, run_folder
+from launch.rundir import locked, run_folder, writing
 from launch.summary import report
 from train.artifacts import TaskFiles
 from train.signals import tell_stopped
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the stages of the command line; the exit status."""
     folder, *names = arguments
     try:
-        run(Path(folder), names)
+        with writing(Path(folder)):
+            run(Path(folder), names)
     except Stopped:  # which is a RuntimeError, too
         return tell_stopped()
     except (ValueError, RuntimeError, OSError) as error:

@@ -115,8 +115,10 @@ def judge(job: Queued | None, starts: Sequence[Attempt], blocked: str | None, af
     ended = starts[-1].ended if starts else None
     state = job.state if job is not None else {"finished": "COMPLETED", "failed": "FAILED", "ended by Slurm": "CANCELLED"}.get(ended or "")
     reason = job.reason if job is not None else ""
-    if state in ("RUNNING", "COMPLETING", "CONFIGURING"):
+    if state in ("RUNNING", "CONFIGURING"):
         return "running", again
+    if state == "COMPLETING":
+        return "running", "its processes are ending"
     if state is not None and job is not None and job.is_active:
         if starts:
             return "requeued", f"was stopped, and goes on from what it kept ({reason})"

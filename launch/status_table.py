@@ -15,11 +15,13 @@ _STYLES: dict[State, str] = {"done": "green", "running": "cyan", "failed": "red"
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the table, and below it in full what each stage waits for or what ended it: it may be long."""
+    """Prints the table, and below it in full what stages wait for and what ended them: it may be long."""
     table = Table("stage", "state", "job", "progress", box=box.SIMPLE_HEAD)
+    told: dict[str, list[str]] = {}
     for row in rows:
         table.add_row(Text(row.stage), Text(row.state, style=_STYLES.get(row.state, "")), Text(row.job), Text(row.progress))
+        for note in filter(None, (row.why, row.link)):
+            told.setdefault(note, []).append(row.stage)
     console.print(table)
-    for row in rows:
-        for told in filter(None, (row.why, row.link)):
-            console.print(f"{row.stage}: {told}", highlight=False, soft_wrap=True, markup=False)
+    for note, stages in told.items():
+        console.print(f"{', '.join(stages)}: {note}", highlight=False, soft_wrap=True, markup=False)

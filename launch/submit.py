@@ -56,6 +56,8 @@ def submit(config: Config, console: Console, *, site: Path | None = None, dry_ru
     """
     cluster, folder = load_site(site), run_folder(config)
     processes_of(config)
+    if "\\" in str(folder.absolute()):
+        raise ValueError(f"output: the run's folder {folder.absolute()} holds a backslash, which Slurm does not take: change it")
     if not dry_run and not has_slurm():
         raise RuntimeError(
             "sbatch is not here: submit on a login node of a Slurm cluster, write the scripts with --dry-run, or use `stepdown run`"

@@ -48,7 +48,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0,preempt_send_user_signal
 DefMemPerCPU=100
-ReturnToService=2
+ReturnToService=0
 KillWait=3
 MinJobAge=600
 MpiDefault=none
@@ -92,7 +92,7 @@ class Cluster:
     def drain(self) -> None:
         """Cancels every job, and waits for their ends."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, check=False)
-        until(lambda: not self.ask("squeue", "--noheader"), "the queue to be empty")
+        until(lambda: not self.ask("squeue", "--noheader"), "an empty queue")
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
@@ -100,6 +100,12 @@ def until(condition: Callable[[], object], what: str, seconds: float = 180.0) ->
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def wait() -> Callable[..., None]:
+    """Waits for a condition, and fails with what it waited for."""
+    return until
 
 
 @pytest.fixture(scope="session")
