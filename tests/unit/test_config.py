@@ -229,6 +229,21 @@ HUB = "OWNER/teacher"
         ),
         (
             RECORDED,
+            {"launch.slurm.teacher_tasks": 4},
+            "launch.slurm.teacher_tasks is 4, but a recorded teacher only copies: remove it",
+        ),
+        (
+            RECORDED,
+            {"launch.slurm.teacher_nodes": 2},
+            "launch.slurm.teacher_nodes is 2, but with teacher.source: recorded one process asks for all answers: remove it",
+        ),
+        (
+            LIVE,
+            {"launch.slurm.teacher_tasks_at_once": 2},
+            "launch.slurm: teacher_tasks_at_once is 2, but teacher_tasks is left out: lower it, or raise teacher_tasks",
+        ),
+        (
+            RECORDED,
             {"task.rationale": "{why}"},
             "task.rationale has no effect without teacher.tune, which learns from it: remove it, or tune the teacher",
         ),

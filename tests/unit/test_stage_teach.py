@@ -17,7 +17,7 @@ from data.examples import TaskExample
 from data.prompts import TextFormat
 from data.records import TeacherRecord
 from data.soft_labels import AnswerDistribution, SoftLabels, TopK
-from data.store import CHUNK, MANIFEST, STORE, missing_chunks, read_records, shard_path
+from data.store import CHUNK, MANIFEST, STORE, Part, missing_chunks, read_records, shard_path
 from data.tasks import Task
 from launch import worker
 from launch.architecture import Architecture, assumed_architecture
@@ -474,6 +474,35 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path: Path) -> None:
     after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "s").iterdir() if p.suffix not in (".json",)}
     assert {name: content for name, (content, _) in after.items()} == {name: content for name, (content, _) in before.items()}
     assert [name for name, (_, time) in after.items() if before[name][1] != time] == ["train-000001.parquet"]
+
+
+def test_parts_written_side_by_side_make_the_same_store(tmp_path: Path) -> None:
+    run(tmp_path / "whole", recorded(), tmp_path)
+    folder, rows = tmp_path / "parts", {"train": 11, "test": 3}
+    inputs = TeacherInputs(task(), "number", None, None)
+    tracker = Tracker(tmp_path / "log", TrackingConfig(wandb="disabled"), group="g", job_type="t", settings={}, enabled=False)
+    for index, written in ((1, ["train-000001.parquet"]), (0, ["test-000000.parquet", "train-000000.parquet", "train-000001.parquet"])):
+        folder.mkdir(exist_ok=True)
+        (folder / ".train-000002.parquet.node9.7").write_bytes(b"another part's")
+        stage.run_part(recorded(), inputs, folder, WORLD, Part(index, 3), seed=7, tracker=tracker)
+        assert sorted(path.name for path in folder.glob("*.parquet")) == written
+        assert (folder / ".train-000002.parquet.node9.7").exists()
+        assert not Part(index, 3).missing(folder, rows)
+    assert Part(2, 3).missing(folder, rows)
+    assert Part(0, 1).missing(folder, rows)
+    assert not (folder / MANIFEST).exists()
+    made = run(folder, recorded(), tmp_path)
+    assert made.rows == rows
+    assert not list(folder.glob(".*.parquet.*"))
+    for path in (tmp_path / "whole").glob("*.parquet"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_every_chunk_belongs_to_one_part(of: int) -> None:
+    rows = {"train": 11, "test": 3}
+    found = [(split, chunk) for n in range(of) for split, chunks in Part(n, of).chunks(rows).items() for chunk in chunks]
+    assert sorted(found) == [("test", 0), ("train", 0), ("train", 1), ("train", 2)]
 
 
 def test_the_time_counts_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
