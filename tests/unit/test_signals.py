@@ -19,13 +19,21 @@ from launch.agent import Relay, has_stopped
 from launch.local import Stopped as RunStopped
 from launch.local import supervise
 from train import engine
-from train.signals import SIGNALS, STOPPED, Stopped, catching, handling
+from train.signals import SIGNALS, STOPPED, STOPPED_FILE, Stopped, catching, handling, tell_stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 SAID = "stopped by a signal; what is done is kept: the same command goes on from there"
 
 
 # ----- in a process -----
+
+
+def test_what_stopped_leaves_a_mark_where_one_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STOPPED_FILE, raising=False)
+    assert tell_stopped() == STOPPED
+    monkeypatch.setenv(STOPPED_FILE, str(tmp_path / "stopped"))
+    assert tell_stopped() == STOPPED
+    assert (tmp_path / "stopped").is_file()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_file_and_folder_are_on_disk_before_a_shard_counts(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", noted)
     write_shard(shard_path(tmp_path, "train", 0), RECORDS[:4])
-    temporary = f".train-000000.parquet.{os.getpid()}"
+    temporary = f".train-000000.parquet.{platform.node()}.{os.getpid()}"
     assert seen == [(temporary, [temporary]), (tmp_path.name, ["train-000000.parquet"])]
 
 
