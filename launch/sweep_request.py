@@ -86,6 +86,8 @@ def read_request(path: Path, overrides: Sequence[str], *, arms: str, seeds: int,
     config = load_config(path, overrides)
     if config.student.prune is not None:
         raise ValueError("student.prune has no effect in a sweep, which compares students before they are pruned: remove it")
+    if config.launch.nodes > 1:
+        raise ValueError(f"launch.nodes is {config.launch.nodes}, but the trials of a sweep run on this machine: set it to 1")
     if config.student.data_fraction != 1.0:
         share = config.student.data_fraction
         raise ValueError(f"student.data_fraction is {share:g}, which a sweep sets itself: remove it, and use --fractions")

@@ -192,6 +192,7 @@ def test_a_trial_is_known_by_what_it_reads(tmp_path: Path) -> None:
         ({"fractions": "0.5:0"}, r"--fractions holds '0\.5:0'"),
         ({"fractions": "half"}, r"--fractions holds 'half'"),
         ({"fractions": "1,1.0"}, r"--fractions names 1\.0 twice"),
+        ({"launch": {"nodes": 2}}, r"launch\.nodes is 2, but the trials of a sweep run on this machine: set it to 1"),
         ({"student": {"data_fraction": 0.5}}, r"student\.data_fraction is 0\.5, which a sweep sets itself: remove it, and use --fractions"),
         (
             {"arms": "soft_labels", "teacher": {"soft_labels": None}},
