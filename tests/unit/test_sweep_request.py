@@ -20,6 +20,7 @@ CONFIG: dict[str, Any] = {
     "task": {"train": "builtin:arithmetic", "test": "builtin:arithmetic", "metric": "number"},
     "teacher": {"source": "deepspeed", "model": SMALL, "tune": {}, "soft_labels": {"k": 8}},
     "student": {"model": SMALL, "loss": {"label": 0.3, "rationale": 0.7}, "epochs": 2},
+    "launch": {"device": "cpu"},
 }
 TASK = TaskFiles("digest", {"train": 9, "test": 2}, {})
 
