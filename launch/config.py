@@ -47,8 +47,8 @@ class SlurmConfig(Section):
         if self.teacher_tasks_at_once is not None and self.teacher_tasks_at_once >= (self.teacher_tasks or 0):
             asked = "left out" if self.teacher_tasks is None else self.teacher_tasks
             raise ValueError(
-                f"teacher_tasks_at_once is {self.teacher_tasks_at_once}, which limits nothing where teacher_tasks is {asked}: remove it, or "
-                "raise teacher_tasks"
+                f"teacher_tasks_at_once is {self.teacher_tasks_at_once}, which limits nothing where teacher_tasks is {asked}: remove it, "
+                "or raise teacher_tasks"
             )
         return self
 

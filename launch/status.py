@@ -56,8 +56,7 @@ def status(run_folder: Path) -> list[Row]:
     states = job_states(run_folder, jobs, known)
     rows = [row for stage, folder in read_stages(run_folder).items() for row in _rows(run_folder, stage, folder, jobs, states, config)]
     for job in (job for job in jobs if job.name == REPORT):
-        state, why = states[job.number]
-        rows.append(Row(REPORT, job.number, state, why=why))
+        rows.append(Row(REPORT, job.number, states[job.number][0], why=_why(run_folder, job, job.number, states)))
     return rows
 
 
@@ -72,13 +71,17 @@ def _rows(
         return [Row(stage, "", "not submitted", found.told(), link=link)]
     rows = []
     for job, label in made_by:
-        state, why = states[label]
         name = job.stages[int(label.partition("_")[2])] if job.indices is not None else stage
         part = parted(name)[1]
         shown = f"{stage} {part.index + 1}/{part.of}" if part is not None else stage
-        error = error_of(log_of(run_folder, job, label)) if state == "failed" else ""
-        rows.append(Row(shown, label, state, found.told(), f"{why}: {error}" if error else why, link))
+        rows.append(Row(shown, label, states[label][0], found.told(), _why(run_folder, job, label, states), link))
     return rows
+
+
+def _why(run_folder: Path, job: Submitted, label: str, states: Mapping[str, tuple[State, str]]) -> str:
+    state, why = states[label]
+    error = error_of(log_of(run_folder, job, label)) if state == "failed" else ""
+    return f"{why}: {error}" if error else why
 
 
 def job_states(run_folder: Path, jobs: Sequence[Submitted], known: Mapping[str, Queued]) -> dict[str, tuple[State, str]]:
@@ -125,7 +128,7 @@ def judge(job: Queued | None, starts: Sequence[Attempt], blocked: str | None, af
         return ("waiting", f"for {', '.join(after)}") if reason == "Dependency" else ("queued", f"Slurm: {reason}")
     if state == "COMPLETED":
         return "done", again
-    if blocked is not None and not starts:
+    if blocked is not None and not starts and state in (None, "CANCELLED"):
         return "not run", f"needs {blocked}; submit again when that is mended"
     if state == "CANCELLED":
         return "cancelled", "submit again to go on" if starts else "before it started"

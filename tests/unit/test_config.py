@@ -240,7 +240,8 @@ HUB = "OWNER/teacher"
         (
             LIVE,
             {"launch.slurm.teacher_tasks_at_once": 2},
-            "launch.slurm: teacher_tasks_at_once is 2, which limits nothing where teacher_tasks is left out: remove it, or raise teacher_tasks",
+            "launch.slurm: teacher_tasks_at_once is 2, which limits nothing where teacher_tasks is left out: remove it, or raise "
+            "teacher_tasks",
         ),
         (
             RECORDED,

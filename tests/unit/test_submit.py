@@ -202,6 +202,13 @@ def test_status_shows_every_stage_with_its_job_and_why_it_stopped(slurm: Path) -
     assert "report: needs evaluate, which was not run; submit again when that is mended\n" in shown
 
 
+def test_a_report_that_failed_says_why(slurm: Path) -> None:
+    submitted(config())
+    Path("runs/mine/logs/report-105.out").write_text("error: no finished evaluation to report\n")
+    (slurm / "queue").write_text("105|FAILED|NonZeroExitCode\n")
+    assert "report: Slurm: FAILED: no finished evaluation to report\n" in command("status", "mine")
+
+
 def test_a_run_that_was_never_submitted_has_a_status_too(slurm: Path) -> None:
     submitted(config(), dry_run=True)
     (slurm / "squeue").unlink()
