@@ -16,15 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.store import SPLITS
 from launch.attempts import Attempts, attempt, attempts_file
+from launch.chain import REPORT
 from launch.config import RESOLVED, load_config
 from launch.hardware import cpu_count
 from launch.local import worker_environment
-from launch.pipeline import parted
+from launch.pipeline import TASK, parted
 from launch.progress import reached
 from launch.queueing import Control, ask, control, first_host, label_of
 from launch.rundir import provenance, read_stages
 from launch.slurm import JobRequest, rendezvous_of, steps
+from train.artifacts import ARTIFACT, TaskFiles
 from train.signals import PARENT, STOPPED, STOPPED_FILE, catching
 
 _LOOK_SECONDS = 0.5
@@ -49,6 +52,15 @@ def is_to_requeue(ended: Ended, state: Control) -> bool:
     A cancelled job gets the same signals as a preempted one, but it is COMPLETING by then.
     """
     return state.state == "RUNNING" and (ended.is_stopped or ended.is_asked or state.is_preempted)
+
+
+def is_finished(ended: Ended, state: Control) -> bool:
+    """Whether steps whose results are not seen here ended well: their status alone does not say so.
+
+    srun gives 0 where it gave up waiting for steps that Slurm was ending; and on a shared folder a file made on another node may be seen
+    here seconds late.
+    """
+    return ended.status == 0 and state.state == "RUNNING" and not (ended.is_stopped or ended.is_asked or state.is_preempted)
 
 
 def run(request: JobRequest, jobs_folder: Path, environment: Mapping[str, str]) -> int:
@@ -76,10 +88,11 @@ def run(request: JobRequest, jobs_folder: Path, environment: Mapping[str, str]) 
     mark.unlink(missing_ok=True)
     variables = _environment(request, jobs_folder, environment, mark)
     ended = _supervised(_command(request, jobs_folder, names, environment), variables, label, mark)
-    if ended.status == 0:
+    is_done = ended.status == 0 and _is_done(request, names)
+    state = Control("RUNNING", is_preempted=False) if is_done else control(label)
+    if is_done or is_finished(ended, state):
         attempts.end("finished", 0)
         return 0
-    state = control(label)
     if not is_to_requeue(ended, state):
         attempts.end("failed" if state.state == "RUNNING" else "ended by Slurm", ended.status)
         return ended.status if ended.status > 0 else 1
@@ -94,6 +107,17 @@ def _kept(request: JobRequest, names: Sequence[str]) -> list[list[int]]:
     """What a restart of these stages goes on from."""
     folders = read_stages(Path(request.run_folder))
     return [reached(folders[stage]).kept for stage in (parted(name)[0] for name in names) if stage in folders]
+
+
+def _is_done(request: JobRequest, names: Sequence[str]) -> bool:
+    """Whether what these stages make is there; the report is always made anew."""
+    folders = read_stages(Path(request.run_folder))
+    for stage, part in (parted(name) for name in names if name != REPORT):
+        if part is None and not (folders[stage] / ARTIFACT).is_file():
+            return False
+        if part is not None and part.missing(folders[stage], {split: TaskFiles.read(folders[TASK]).rows[split] for split in SPLITS}):
+            return False
+    return True
 
 
 def _check_restarts(idle: int, request: JobRequest, attempts: Attempts) -> None:

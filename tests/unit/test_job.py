@@ -18,6 +18,7 @@ from launch.job import Ended, is_to_requeue
 from launch.queueing import Control
 from launch.rundir import write_stages
 from launch.slurm import JobRequest
+from train.artifacts import TaskFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNING = "JobId=12 JobName=x JobState=RUNNING Reason=None PreemptEligibleTime=now PreemptTime=None"
@@ -96,7 +97,35 @@ def test_a_job_whose_steps_end_well_is_finished(tmp_path: Path) -> None:
     (found,) = job.attempts()
     assert (found["ended"], found["restart"], found["kept"], found["about"]["nodes"]) == ("finished", 0, [[0, 0, 0]], "node[7-8]")
     assert found["about"]["environment"]["SLURM_JOB_ID"] == "12"
+    assert [call.partition(" ")[0] for call in job.calls] == ["srun", "scontrol"]
+
+
+def test_a_job_whose_results_are_there_is_finished_whatever_slurm_is_doing(tmp_path: Path) -> None:
+    job = Job(tmp_path, state=PREEMPTED, steps=f"touch {tmp_path}/run/train.a-1/artifact.json")
+    job.stage.mkdir()
+    assert job.run()[0] == 0
     assert len(job.calls) == 1
+
+
+@pytest.mark.parametrize(("state", "status", "ended"), [(PREEMPTED, 75, "requeued"), (CANCELLED, 1, "ended by Slurm")])
+def test_a_status_of_zero_is_no_result(state: str, status: int, ended: str, tmp_path: Path) -> None:
+    """Of srun where it gave up waiting for steps that Slurm was ending."""
+    job = Job(tmp_path, state=state, steps="exit 0")
+    assert job.run()[0] == status
+    assert job.attempts()[0]["ended"] == ended
+
+
+def test_a_part_of_the_records_is_finished_with_its_shards(tmp_path: Path) -> None:
+    job = Job(tmp_path, state=CANCELLED, is_array=True, stages=["teach:0/2", "teach:1/2"])
+    folders = {"task": job.folder / "task-1", "teach": job.folder / "teach-1"}
+    write_stages(job.folder, folders)
+    TaskFiles("digest", {"train": 300, "validation": 1, "test": 5}, {}).write(folders["task"])
+    folders["teach"].mkdir()
+    (folders["teach"] / "train-000000.parquet").touch()
+    variables = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
+    assert job.run(**variables)[0] == 1
+    (folders["teach"] / "test-000000.parquet").touch()
+    assert job.run(**variables)[0] == 0
 
 
 def test_processes_of_several_nodes_meet_on_the_first(tmp_path: Path) -> None:
