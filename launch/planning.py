@@ -217,7 +217,7 @@ def _models(config: Config, params: str | None) -> tuple[Sized, Sized]:
 
 def _devices(config: Config, gpu: str | None, gpus: int | None, nodes: int | None) -> Devices:
     wanted = config.launch.gpus_per_node if isinstance(config.launch.gpus_per_node, int) else None
-    num_nodes = nodes or 1  # a configuration names no number of nodes: one that does is read here
+    num_nodes = nodes or config.launch.nodes
     if gpu is not None:
         known = gpu_named(gpu)
         return Devices(known.name, gpus or wanted or 1, num_nodes, known.memory_bytes, known, True)

@@ -149,6 +149,7 @@ def test_the_number_of_gpus_is_the_options_else_the_configurations() -> None:
     assert plan_run(config(gpus_per_node=4), gpu="L4", gpus=2).devices.processes == 2
     assert plan_run(config(), gpu="L4").devices.processes == 1
     assert plan_run(config(), gpu="L4", gpus=2, nodes=3).devices.processes == 6
+    assert plan_run(config(nodes=3), gpu="L4", gpus=2).devices.processes == 6
 
 
 def test_the_gpus_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
