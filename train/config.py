@@ -20,6 +20,7 @@ DeployTarget = Literal[
     "gguf-f16",
     "gguf-q8_0",
     "gguf-q5_1",
+    "gguf-q5_0",
     "gguf-q4_0",
     "gguf-tq2_0",
     "gguf-tq1_0",

@@ -117,7 +117,8 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, settings: dict[str
 
 
 @pytest.mark.parametrize(
-    ("target", "most"), [("gguf-q8_0", 0.05), ("gguf-q6_k", 0.1), ("gguf-q5_1", 0.2), ("gguf-q4_k_m", 0.35), ("gguf-q4_0", 0.35)]
+    ("target", "most"),
+    [("gguf-q8_0", 0.05), ("gguf-q6_k", 0.1), ("gguf-q5_1", 0.2), ("gguf-q5_0", 0.2), ("gguf-q4_k_m", 0.35), ("gguf-q4_0", 0.35)],
 )
 def test_the_error_of_each_type_is_bounded(target: str, most: float, tmp_path: Path) -> None:
     tokenizer = tokenizer_of("own")

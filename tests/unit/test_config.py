@@ -301,7 +301,8 @@ def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
         (
             {"deploy": {"targets": ["ctranslate2-int8", "int4"]}},
             "deploy.targets.1: is 'int4'; input should be 'ctranslate2-float32', 'ctranslate2-float16', 'ctranslate2-int8', "
-            "'ctranslate2-int8_float16', 'gguf-f16', 'gguf-q8_0', 'gguf-q5_1', 'gguf-q4_0', 'gguf-tq2_0', 'gguf-tq1_0', 'gguf-q1_0', "
+            "'ctranslate2-int8_float16', 'gguf-f16', 'gguf-q8_0', 'gguf-q5_1', 'gguf-q5_0', 'gguf-q4_0', "
+            "'gguf-tq2_0', 'gguf-tq1_0', 'gguf-q1_0', "
             "'gguf-q6_k', 'gguf-q4_k_m', 'gguf-q3_k_m', 'gguf-q2_k', 'onnx-float32', "
             "'onnx-int8', 'onnx-int4', 'compressed-tensors-bf16', 'compressed-tensors-w8a8', 'compressed-tensors-fp8', "
             "'compressed-tensors-w8a16', 'compressed-tensors-w4a16', 'compressed-tensors-w3a16' or 'compressed-tensors-w2a16'",

@@ -31,7 +31,7 @@ def drawn(rows: int = 6, columns: int = 512, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-@pytest.mark.parametrize(("type", "grid"), [("Q4_0", SIGNED), ("TQ2_0", TERNARY), ("TQ1_0", TERNARY)])
+@pytest.mark.parametrize(("type", "grid"), [("Q5_0", Grid("signed", 5, 32)), ("Q4_0", SIGNED), ("TQ2_0", TERNARY), ("TQ1_0", TERNARY)])
 def test_what_gguf_packs_of_rounded_values_is_these_values(type: str, grid: Grid) -> None:
     kind = gguf.GGMLQuantizationType[type]
     values = grid.rounded(drawn()).numpy()

@@ -95,7 +95,8 @@ def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
     from train.grids import Grid, matrices
 
     ternary = Grid("ternary", 2, _block("TQ2_0"))
-    known = {"Q4_0": Grid("signed", 4, _block("Q4_0")), "TQ2_0": ternary, "TQ1_0": ternary, "Q1_0": Grid("binary", 1, _block("Q1_0"))}
+    signed = {type: Grid("signed", bits, _block(type)) for type, bits in (("Q5_0", 5), ("Q4_0", 4))}
+    known = {**signed, "TQ2_0": ternary, "TQ1_0": ternary, "Q1_0": Grid("binary", 1, _block("Q1_0"))}
     types = {name: type_of(name, linear.weight.shape, target.type) for name, linear in matrices(model).items()}
     return {name: known[type] for name, type in types.items() if type in known}
 

@@ -76,7 +76,7 @@ class Target:
     @property
     def is_calibrated_here(self) -> bool:
         """Its rounding is chosen on training rows before the format's module stores it; compressed-tensors files have their own library."""
-        return self.type in ("Q4_0", "int4")
+        return self.type in ("Q5_0", "Q4_0", "int4")
 
     @property
     def can_recover(self) -> bool:
@@ -126,6 +126,7 @@ TARGETS: dict[str, Target] = {
             "f16": ("F16", 16),
             "q8_0": ("Q8_0", 8),
             "q5_1": ("Q5_1", 5.5),  # by its definition 6: a scale and a minimum, of 16 bits each, for 32 weights
+            "q5_0": ("Q5_0", 5),
             "q4_0": ("Q4_0", 4),
             "tq2_0": ("TQ2_0", 2),
             "tq1_0": ("TQ1_0", 1.6),
