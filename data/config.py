@@ -42,7 +42,7 @@ class TaskConfig(Section):
 
     train: str = Field(
         description="Training rows: a .jsonl (also .gz, .xz), .parquet, .csv or .tsv file, hub:OWNER/NAME[:CONFIG][@SPLIT] "
-        "(SPLIT is this key's name where left out), or builtin:arithmetic."
+        "(SPLIT is this key's name where left out; several are joined by +), or builtin:arithmetic."
     )
     validation: str | None = Field(
         None,
@@ -70,8 +70,8 @@ class TaskConfig(Section):
     )
     choices: str | list[str] | None = Field(
         None,
-        description="Answer choices (metric `choice`): the name of the row's field that lists them, or a list of those of all rows, which "
-        "templates find as {choices}.",
+        description="Answer choices (metric `choice`): the name of the row's field that lists them (or holds their list as `text`), or a "
+        "list of those of all rows, which templates find as {choices}.",
     )
     metric: Metric = Field(description="How an answer is compared with the label: choice, number, expression (by value) or text.")
     max_rejected: Fraction = Field(0.01, description="Largest share of rows (0 to 1) that may be rejected before the run stops.")

@@ -4,7 +4,8 @@ Sources, as `task.train`, `task.validation` and `task.test` name them:
 
     rows.jsonl, rows.jsonl.gz, rows.jsonl.xz, rows.parquet    a file; a relative path starts at the current directory
     rows.csv, rows.tsv                                        a table with a header; every cell is text
-    hub:OWNER/NAME[:CONFIG][@SPLIT]                           a data set of the hub; SPLIT is train, validation or test after the key
+    hub:OWNER/NAME[:CONFIG][@SPLIT]                           a data set of the hub; SPLIT is train, validation or test after the key;
+                                                              several are joined by +; a class that it numbers is read by its name
     builtin:arithmetic                                        data/arithmetic.py
 
 Templates are text with `{field}` for a field of the row, and `{{`, `}}` for braces; nothing else is read between braces.
@@ -155,6 +156,8 @@ def _choices(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = _field(row, name)
     if isinstance(values, str):
         values = _listed(values)
+    if isinstance(values, dict) and isinstance(values.get("text"), list):  # with a list of their letters, as CommonsenseQA's on the hub
+        values = values["text"]
     if not isinstance(values, list | tuple):
         raise RowError(f"field {name!r} is not a list of choices: {_short(str(values))}")
     if any(value is None or isinstance(value, list | dict) or not str(value).strip() for value in values):
@@ -249,7 +252,14 @@ def _hub_rows(key: str, source: str, split: Split) -> Iterator[dict[str, Any]]:
             f"{key}: {source} cannot be loaded ({type(error).__name__}: {error}); "
             f"check its name, configuration and split ({match['split'] or split}), and the network"
         ) from error
-    yield from rows
+    names = {key: kind.names for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    for row in rows:
+        yield {**row, **{key: _class_name(row[key], known) for key, known in names.items()}}
+
+
+def _class_name(number: int | None, names: list[str]) -> str | None:
+    """The name of a class that a hub data set stores by number; None for a row without one, which is stored as -1 or null."""
+    return names[number] if number is not None and 0 <= number < len(names) else None
 
 
 def _parquet_rows(key: str, path: Path) -> Iterator[dict[str, Any]]:

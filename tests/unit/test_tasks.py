@@ -168,6 +168,36 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path, monkeypatch: py
         prepare(TaskConfig.model_validate({**values, "test": "hub:owner/name@nosuch"}), seed=0, folder=tmp_path / "out")
 
 
+def test_classes_and_choices_of_a_hub_data_set_are_read_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    pair = datasets.Features({"input": datasets.Value("string"), "label": datasets.ClassLabel(names=["entailment", "neutral"])})
+    options = datasets.Features({"text": datasets.List(datasets.Value("string")), "label": datasets.List(datasets.Value("string"))})
+    asked = datasets.Features({"input": datasets.Value("string"), "key": datasets.Value("string"), "choices": options})
+    texts = {"text": ["park", "zoo"], "label": ["A", "B"]}
+    for name, features, rows in (
+        ("pairs", pair, [{"input": str(n), "label": n % 2} for n in range(4)] + [{"input": "unlabelled", "label": -1}]),
+        ("asked", asked, [{"input": "Where?", "key": "B", "choices": texts}] * 4),
+    ):
+        (tmp_path / "owner" / name).mkdir(parents=True)
+        for split in ("train_r1", "train_r2", "test"):
+            datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "owner" / name / f"{split}.parquet")
+        splits = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in ("train_r1", "train_r2", "test"))
+        (tmp_path / "owner" / name / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
+    values = {"train": "hub:owner/pairs@train_r1+train_r2", "test": "hub:owner/pairs", "metric": "choice", "max_rejected": 0.2}
+    summary = prepare(TaskConfig.model_validate({**values, "choices": ["entailment", "neutral"]}), seed=0, folder=tmp_path / "out")
+    assert (summary.rows["test"], summary.rejected) == (4, {"train": 2, "validation": 0, "test": 1})
+    assert [(e.input, e.label) for e in read_task(tmp_path / "out").test] == [(str(n), ("entailment", "neutral")[n % 2]) for n in range(4)]
+    assert "field 'label' is null" in (tmp_path / "out" / "rejected.jsonl").read_text()
+    sources = {"train": "hub:owner/asked@train_r1", "validation": "hub:owner/asked@train_r2", "test": "hub:owner/asked"}
+    lettered = {"metric": "choice", "choices": "choices", "input": "{input}\n{choices}", "label": "({key})"}
+    prepare(TaskConfig.model_validate({**sources, **lettered}), seed=0, folder=tmp_path / "asked")
+    first = read_task(tmp_path / "asked").test[0]
+    assert (first.input, first.label, first.choices) == ("Where?\n(a) park\n(b) zoo", "zoo", ("park", "zoo"))
+
+
 def test_the_builtin_task_comes_from_its_generator(tmp_path: Path) -> None:
     knobs = {"train_rows": 30, "validation_rows": 6, "test_rows": 7}
     values = dict.fromkeys(("train", "validation", "test"), "builtin:arithmetic")
