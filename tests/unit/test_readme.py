@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from data.config import RationalesConfig, SoftLabelsConfig
-from launch.config import _StrictLoader, validate
+from launch.config import Config, _StrictLoader, validate
 from train.config import EndpointConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted({match for match in re.findall(r"stepdown (?:--traceback )?([a-z]+)", README) if match not in ("makes", "run.yaml")})
+SLURM_README = (ROOT / "slurm" / "README.md").read_text()
 
 
-def fences(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def fences(language: str, text: str = README) -> list[str]:
+    """The bodies of a document's code fences in a language; "" for those that name none."""
+    return [body for named, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if named == language]
+
+
+def merged(whole: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
+    """A whole configuration with the sections that a snippet shows: in place of its own, or, where a model is not named, added to them."""
+    added = {key: section if key != "student" or "model" in section else {**whole[key], **section} for key, section in shown.items()}
+    return {**whole, **added}
 
 
 def test_the_first_code_fence_is_make_quickstart_before_line_25() -> None:
@@ -36,8 +47,31 @@ def test_the_configuration_shown_first_is_a_whole_one() -> None:
 
 def test_every_section_shown_alone_fits_into_the_configuration_shown_first() -> None:
     whole, *sections = (yaml.load(text, _StrictLoader) for text in fences("yaml"))  # a YAML 1.1 reader takes the key `on` for true
-    configs = [validate({**whole, **section}, "README.md") for section in sections]
+    sections += [yaml.load(text, _StrictLoader) for text in fences("yaml", SLURM_README)]
+    configs = [validate(merged(whole, section), "README.md") for section in sections]
     assert {config.teacher.source for config in configs} == {"deepspeed", "vllm", "endpoint", "recorded"}
+    assert {key for section in sections for key in section} == {"launch", "teacher", "student", "deploy"}
+
+
+@pytest.mark.parametrize("text", [README, SLURM_README, (ROOT / "CONTRIBUTING.md").read_text()], ids=["README", "slurm", "CONTRIBUTING"])
+def test_a_part_of_a_configuration_is_marked_as_yaml(text: str) -> None:
+    sections = "|".join(Config.model_fields)
+    assert [body for body in fences("", text) if re.match(rf"(?:{sections}):", body)] == []
+
+
+def test_every_python_snippet_compiles_and_what_it_imports_is_there_and_called_as_it_can_be() -> None:
+    snippets = [ast.parse(text) for text in fences("python")]
+    assert snippets
+    for snippet in snippets:
+        named: dict[str, Any] = {}
+        for found in ast.walk(snippet):
+            if isinstance(found, ast.ImportFrom):
+                named |= {name.asname or name.name: getattr(importlib.import_module(found.module or ""), name.name) for name in found.names}
+            elif isinstance(found, ast.Import):
+                named |= {name.asname or name.name: importlib.import_module(name.name) for name in found.names}
+        for call in (found for found in ast.walk(snippet) if isinstance(found, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id in named:
+                inspect.signature(named[call.func.id]).bind(*call.args, **{word.arg or "": word.value for word in call.keywords})
 
 
 def test_every_key_of_the_teacher_shown_inline_is_one() -> None:
@@ -45,15 +79,6 @@ def test_every_key_of_the_teacher_shown_inline_is_one() -> None:
     known = {*RationalesConfig.model_fields, *EndpointConfig.model_fields, *SoftLabelsConfig.model_fields}
     assert keys
     assert keys <= known
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shown_is_one(command: str) -> None:
-    from launch.cli import app
-
-    named = {found.name or getattr(found.callback, "__name__", "") for found in app.registered_commands}
-    groups = {group.typer_instance.info.name for group in app.registered_groups if group.typer_instance is not None}
-    assert command in named | groups
 
 
 def test_every_file_and_heading_linked_is_there() -> None:
