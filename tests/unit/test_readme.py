@@ -81,6 +81,10 @@ def test_every_key_of_the_teacher_shown_inline_is_one() -> None:
     assert keys <= known
 
 
+def test_every_example_configuration_is_linked() -> None:
+    assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"(configs/{path.name})" not in README] == []
+
+
 def test_every_file_and_heading_linked_is_there() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^#+ ([A-Za-z ]+)$", README, re.MULTILINE)}
