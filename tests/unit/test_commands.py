@@ -1,4 +1,4 @@
-"""Every `stepdown` command that the documents and the example configurations show is one that the command line takes."""
+"""What the documents and the examples tell to type: commands that the command line takes, targets and files that are there."""
 
 from __future__ import annotations
 
@@ -88,6 +88,17 @@ def test_the_commands_are_found_wherever_they_stand() -> None:
 def test_what_is_no_command_is_told(command: str, told: str) -> None:
     with pytest.raises(Exception, match=told):  # AssertionError of this file, or click's UsageError, which typer may bring along itself
         parsed(command)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_make_is_told_to_do_and_every_file_named_is_there(document: Path) -> None:
+    text = document.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = {word for line in re.findall(r"(?:^|`)make ((?:[a-z-]+ ?)+)", text, re.MULTILINE) for word in line.split()}
+    assert asked
+    assert asked <= targets
+    named = set(re.findall(r"(?<![\w/])(?:configs|data|launch|slurm|tests|train)/[\w./-]*\w", text))
+    assert [path for path in named if not (ROOT / path).exists() and not Path(path).stem.isupper()] == []
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
