@@ -18,19 +18,15 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
 from data.examples import TaskExample, read_examples
 from data.prompts import Encode, TextFormat
 from data.store import read_records
 from train.artifacts import ARTIFACT, DeployedModel
-from train.calibration import put_on_grids_by
 from train.deploy.request import DeployRequest
 from train.deploy.targets import TARGETS, Sample, Target, check_possible, module_of
 from train.deploy.verify import Probe, Verified, VerifyRequest, command
-from train.grids import read_scales
-from train.models import load_folder, save_model
 from train.runtimes import TransformersRuntime, model_bytes
 from train.signals import die_with_parent
 from train.told import run_told, status_of
@@ -130,7 +126,16 @@ def deploy(
 @contextmanager
 def _calibrated(target: Target, source: Path, folder: Path, samples: Sequence[Sample]) -> Iterator[Path]:
     """The source, or where the rounding is chosen here, a copy whose matrices stand on their grids; those that recovered do already."""
-    if not target.is_calibrated_here or not samples or read_scales(source):
+    if not target.is_calibrated_here or not samples:
+        yield source
+        return
+    import torch
+
+    from train.calibration import put_on_grids_by
+    from train.grids import read_scales
+    from train.models import load_folder, save_model
+
+    if read_scales(source):
         yield source
         return
     rounded = folder / f".{MODEL}.rounded"
