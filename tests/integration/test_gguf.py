@@ -15,11 +15,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from data.prompts import TextFormat
-from train.deploy import ggml, gguf
+from train.deploy import ggml, gguf, stage
 from train.deploy.ggml import quantize
 from train.deploy.llama_cpp import LlamaCppRuntime
-from train.deploy.targets import TARGETS
-from train.grids import put_on_grids
+from train.deploy.targets import GGUF_FILE, TARGETS
+from train.grids import Grid, put_on_grids, write_scales
 from train.models import save_model
 from train.runtimes import TransformersRuntime, model_bytes
 from train.tokenization import text_format, train_tokenizer
@@ -184,6 +184,33 @@ def test_one_bit_is_packed_with_the_mean_size_of_what_is_not_zero() -> None:
     assert packed[0, :2].view(np.float16)[0] == 1.0
     # From the lowest bit on, 1 for plus: of the four -, + is 1 and 0 counts as plus.
     assert packed[0, 2:].tolist() == [0b11110101, *[255] * 15]
+
+
+def test_few_bits_are_rounded_on_training_rows_unless_they_have_recovered(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("own")
+    model, source = model_of("llama", len(tokenizer)), tmp_path / "trained" / "model"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3 if parameter.dim() > 1 else 1.0)
+    form = text_format(tokenizer, "decoder_only", max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
+    save_model(model, tokenizer, form, source)
+    rows = [([3 + n, 50, 7 + n], [60 + n, 61]) for n in range(24)]
+
+    def first_matrix(name: str) -> NDArray[np.float32]:
+        folder = tmp_path / name
+        stage.deploy(TARGETS["gguf-q4_0"], source, folder, rows, rows[:4], TransformersRuntime(source, device="cpu"))
+        assert {path.name for path in folder.iterdir()} == {"artifact.json", "model", "verified.json", "verify.json"}
+        tensors = {tensor.name: tensor for tensor in gguf.gguf.GGUFReader(folder / "model" / GGUF_FILE).tensors}
+        found = tensors["blk.0.ffn_down.weight"]
+        return gguf.gguf.quants.dequantize(found.data, found.tensor_type)
+
+    weight = model.model.layers[0].mlp.down_proj.weight.detach()
+    nearest = Grid("signed", 4, 32).rounded(weight).numpy()
+    calibrated = first_matrix("calibrated")
+    assert np.mean(calibrated == nearest) < 0.95
+    assert np.linalg.norm(calibrated - weight.numpy()) < 2 * np.linalg.norm(nearest - weight.numpy())
+    write_scales({"some.scale": torch.ones(1)}, source.parent)
+    assert np.mean(first_matrix("recovered") == nearest) > 0.99  # gguf's own rounding, which takes the other side of a tie
 
 
 def test_a_library_without_quantizers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
