@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.hardware import DetectedGpu, cpu_count, detect, known_gpu, memory_bytes
+from train.told import run_told
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OLDEST_PYTHON = (3, 11)
@@ -31,6 +32,12 @@ _EXTRAS = {
     "vllm": "makes and reads safetensors of few bits (compressed-tensors)",
     "dev": "runs the tests",
 }
+_ASK_TORCH = """
+import sys
+from train.engine import uses_cuda
+from train.told import status_of
+sys.exit(status_of(lambda: uses_cuda("auto", int(sys.argv[1]))))
+"""
 _MARKS = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
 
 
@@ -59,6 +66,7 @@ def checks(folder: Path = Path("runs")) -> list[Check]:
         *library_checks(project.dependencies, project.pins),
         *[extra_check(name, purpose, project.extras[name]) for name, purpose in _EXTRAS.items()],
         *device_checks(gpus, _installed("torch")),
+        *torch_checks(len(gpus), _installed("torch")),
         *compiler_checks(),
         wandb_check(os.environ, Path.home()),
         disk_check(folder),
@@ -157,6 +165,17 @@ def device_checks(gpus: list[DetectedGpu], torch_version: str | None) -> list[Ch
         advice = f"torch {torch_version} has no CUDA and leaves the GPUs idle: remove the environment and make it again without TORCH_INDEX"
         lines.append(Check("torch on GPU", False, torch_version, advice))
     return [machine, *lines]
+
+
+def torch_checks(gpus: int, torch_version: str | None) -> list[Check]:
+    """Whether torch opens the GPUs, asked in a process of its own; nothing to say without GPUs, or of a torch that has no CUDA."""
+    if not gpus or torch_version is None or torch_version.endswith("+cpu"):
+        return []
+    try:
+        run_told([sys.executable, "-c", _ASK_TORCH, str(gpus)], "torch", {**os.environ, "PYTHONSAFEPATH": "1"})
+    except RuntimeError as error:
+        return [Check("torch on GPU", False, torch_version, str(error))]
+    return [Check("torch on GPU", True, torch_version, "")]
 
 
 def _gpu_check(gpu: DetectedGpu, number: int) -> Check:

@@ -21,7 +21,7 @@ from launch.pipeline import TASK, stages, task_stage
 from launch.rundir import writing
 from launch.sweep import Limits, State
 from launch.sweep_plan import SweepPlan
-from launch.worker import student_inputs
+from launch.worker import has_device, student_inputs
 from train.artifacts import TaskFiles
 from train.background import Background
 from train.progress import StageProgress
@@ -148,6 +148,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     folder = Path(arguments[0])
     config = load_config(folder / RESOLVED)
+    if not has_device(config.launch.device):
+        return 1
     world = start(config.launch.device)
     tell = world.counter()
     try:

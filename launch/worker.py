@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from data.store import Part
 from data.tasks import Task, read_task
@@ -277,6 +277,19 @@ def _tracking(
             tracker.finish(code)
 
 
+def has_device(device: Literal["auto", "cpu", "cuda"]) -> bool:
+    """Whether torch can use the devices that the configuration means; where not, the first process of the node says why."""
+    from train.engine import uses_cuda
+
+    try:
+        uses_cuda(device, 0 if device == "cpu" else len(detect()))
+    except RuntimeError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process meets it, before they can speak with one another
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the stages of the command line; a fault that a user can mend is told in one line, by the first process that met it."""
     die_with_parent()  # before the imports of torch and DeepSpeed, which take seconds
@@ -285,6 +298,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     folder, *names = arguments
     config = load_config(Path(folder) / RESOLVED)
+    if not has_device(config.launch.device):
+        return 1
     world = start(config.launch.device)
     tell = world.counter()
     try:

@@ -30,6 +30,39 @@ from train.world import World
 _LOG = logging.getLogger(__name__)
 
 
+def uses_cuda(device: Literal["auto", "cpu", "cuda"], driver_gpus: int = 0) -> bool:
+    """Whether work goes on GPUs.
+
+    Args:
+        device: as configured.
+        driver_gpus: GPUs that the driver lists for this process. Where torch cannot use them, `auto` is no reason to leave them idle
+            without a word.
+
+    Raises:
+        RuntimeError: if a GPU is asked for, or is there, and torch cannot use it.
+    """
+    if device == "cpu":
+        return False
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    if found or (device == "auto" and not driver_gpus):
+        return found
+    if not driver_gpus:
+        raise RuntimeError("launch.device is cuda, but torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set it to cpu")
+    built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}," if torch.version.cuda else f"torch {torch.__version__}"
+    why = next((_first_sentence(str(said.message)) for said in heard if "CUDA" in str(said.message)), "no CUDA device can be opened")
+    why = why if torch.version.cuda else "it is built without CUDA"
+    raise RuntimeError(
+        f"{built} cannot use the {driver_gpus} GPU(s) that nvidia-smi lists: {why}. Update the driver, or install a torch built for it "
+        "(https://pytorch.org/get-started/locally), or set launch.device to cpu"
+    )
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.removeprefix("CUDA initialization:").split()).partition(". ")[0].rstrip(".")
+
+
 def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     """Joins the processes that torchrun started: NCCL on GPUs, gloo on a CPU.
 
@@ -38,9 +71,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     """
     if "LOCAL_RANK" not in os.environ:
         raise RuntimeError("this process was not started by torchrun: use `stepdown run`, or `torchrun -m launch.worker ...`")
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise RuntimeError("device is cuda, but torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use cpu")
+    cuda = uses_cuda(device)
     target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(target)

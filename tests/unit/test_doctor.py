@@ -205,6 +205,17 @@ def test_a_torch_without_cuda_beside_a_gpu_is_broken() -> None:
     )
 
 
+def test_a_torch_that_cannot_open_the_gpus_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = "import sys; sys.exit('error: torch 9.9 cannot use the ' + sys.argv[1] + ' GPU(s) that nvidia-smi lists')"
+    monkeypatch.setattr(doctor, "_ASK_TORCH", ask)
+    told = "torch 9.9 cannot use the 2 GPU(s) that nvidia-smi lists"
+    assert doctor.torch_checks(2, "9.9+cu130") == [Check("torch on GPU", False, "9.9+cu130", told)]
+    monkeypatch.setattr(doctor, "_ASK_TORCH", "")
+    assert doctor.torch_checks(2, "9.9+cu130") == [Check("torch on GPU", True, "9.9+cu130", "")]
+    assert doctor.torch_checks(0, "9.9+cu130") == []
+    assert doctor.torch_checks(2, "9.9+cpu") == [], "another check tells of it"
+
+
 def test_a_gpu_without_bf16_is_noted() -> None:
     _, gpu = doctor.device_checks([DetectedGpu("Tesla T4", 15360 * 2**20)], None)
     assert (gpu.ok, gpu.advice) == (None, "it has no bf16 arithmetic: set precision: fp32")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from train import engine
 from train.config import TrainingConfig
-from train.engine import open_engine
+from train.engine import open_engine, uses_cuda
 from train.world import World
 
 
@@ -73,3 +75,66 @@ def test_without_offloading_and_without_a_gpu_it_is_torchs(caplog: pytest.LogCap
     made, said = adamw(caplog, builds=(True, True), offload=offload, device=device)
     assert type(made) is torch.optim.AdamW
     assert said == []
+
+
+# ----- the device -----
+
+OLD_DRIVER = (
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx (Triggered internally at CUDAFunctions.cpp:109.)"
+)
+WAY_OUT = "Update the driver, or install a torch built for it (https://pytorch.org/get-started/locally), or set launch.device to cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "cuda", "said", "expected"),
+    [
+        ("cpu", 2, "13.0", None, False),
+        ("auto", 0, "13.0", None, False),
+        (
+            "cuda",
+            0,
+            "13.0",
+            None,
+            "launch.device is cuda, but torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set it to cpu",
+        ),
+        (
+            "auto",
+            2,
+            "13.0",
+            OLD_DRIVER,
+            "torch 9.9, built for CUDA 13.0, cannot use the 2 GPU(s) that nvidia-smi lists: The NVIDIA driver on your system is too old "
+            f"(found version 11040). {WAY_OUT}",
+        ),
+        (
+            "cuda",
+            1,
+            "13.0",
+            None,
+            f"torch 9.9, built for CUDA 13.0, cannot use the 1 GPU(s) that nvidia-smi lists: no CUDA device can be opened. {WAY_OUT}",
+        ),
+        ("auto", 1, None, None, f"torch 9.9 cannot use the 1 GPU(s) that nvidia-smi lists: it is built without CUDA. {WAY_OUT}"),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_told_without_its_own_warning(
+    monkeypatch: pytest.MonkeyPatch, device: Any, gpus: int, cuda: str | None, said: str | None, expected: bool | str
+) -> None:
+    def is_available() -> bool:
+        if said:
+            warnings.warn(said, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if isinstance(expected, bool):
+        assert uses_cuda(device, gpus) is expected
+    else:
+        with pytest.raises(RuntimeError, match=rf"\A{re.escape(expected)}\Z"):
+            uses_cuda(device, gpus)
+
+
+def test_gpus_that_torch_opens_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert uses_cuda("auto", 1)
+    assert not uses_cuda("cpu", 1)
