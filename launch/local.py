@@ -232,6 +232,29 @@ class Stopped(typer.Exit):
         self.args = ("stopped by a signal; what is done is kept: the same command goes on from there",)
 
 
+class Failed(typer.Exit):
+    """Work that a process gave up after it had said why: the command adds that nothing is lost, and exits with 1."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__(1)
+        self.args = (f"{kept} kept: the same command goes on from there",)
+
+
+def end_of(what: str, status: int, kept: str = "what is done is") -> RuntimeError:
+    """What to raise for a process that ended with `status`; what follows a message of its own is told here.
+
+    Args:
+        what: ended.
+        status: of its exit; 1 after it said why.
+        kept: the subject and verb of what is not lost.
+    """
+    if status == 1:
+        failed = Failed(kept)
+        print(failed, file=sys.stderr, flush=True)
+        return failed
+    return RuntimeError(f"{what} ended with status {status}; {kept} kept: the same command goes on from there")
+
+
 def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command to its end, passes SIGTERM and SIGUSR1 on to it, and gives its exit status.
 
@@ -281,7 +304,7 @@ def _run_worker(folder: Path, config: Config, names: Sequence[str]) -> None:
     processes = num_processes(config)
     status = supervise(worker_command(folder, processes, names), worker_environment(processes, cpu_count(), config.launch.device))
     if status:
-        raise RuntimeError(f"the worker ended with status {status}; what is done is kept: the same command goes on from there")
+        raise end_of("the worker", status)
 
 
 def make_file(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
@@ -307,7 +330,7 @@ def measure_rung(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     eval_request(stage, config, table).write(request)
     status = supervise(command(request), worker_environment(1, cpu_count(), config.launch.device))
     if status:
-        raise RuntimeError(f"{stage.name} ended with status {status}; what is done is kept: the same command goes on from there")
+        raise end_of(stage.name, status)
     return True
 
 

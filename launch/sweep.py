@@ -18,7 +18,7 @@ from rich.console import Console
 
 from launch.config import RESOLVED, Config, dump_config
 from launch.hardware import cpu_count
-from launch.local import num_processes, run_pipeline, supervise, worker_environment
+from launch.local import end_of, num_processes, run_pipeline, supervise, worker_environment
 from launch.rundir import locked, run_folder, writing
 from launch.sweep_plan import PLAN, PlannedArm, Point, SweepPlan
 from launch.sweep_request import Asked
@@ -153,7 +153,7 @@ def _run_workers(folder: Path, config: Config, limits: Limits) -> None:
     processes = num_processes(config)
     status = supervise(worker_command(folder, processes, limits), worker_environment(processes, cpu_count(), config.launch.device))
     if status:
-        raise RuntimeError(f"the worker ended with status {status}; the trials that are done are kept: the same command goes on from there")
+        raise end_of("the worker", status, kept="the trials that are done are")
 
 
 def worker_command(folder: Path, processes: int, limits: Limits) -> list[str]:

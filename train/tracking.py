@@ -384,7 +384,7 @@ def _open(who: _Identity, settings: Mapping[str, Any]) -> Any:
             try:
                 return _init(who, settings, "online")
             except Exception as error:  # not logged in, an expired key, a project that is not yours
-                _fall_back(who, str(error).partition("\n")[0])
+                _fall_back(who, str(error).partition("\n")[0].rstrip("."))
     return _init(who, settings, "offline")
 
 

@@ -141,5 +141,5 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path, tiny: dict[str, Any], s
     assert process.returncode == 1
     assert output.splitlines()[-2:] == [
         "error: worker 0 was ended by SIGKILL (out of memory, or killed by hand)",
-        "error: the worker ended with status 1; what is done is kept: the same command goes on from there",
+        "what is done is kept: the same command goes on from there",
     ]

@@ -275,6 +275,18 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         told(mine, until)
 
 
+def test_a_process_that_told_its_own_fault_is_not_told_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failing = "import sys; print('error: its own words', file=sys.stderr); sys.exit(1)"
+    monkeypatch.setattr(local, "worker_command", lambda *_: [sys.executable, "-S", "-c", failing])
+    with pytest.raises(local.Failed) as raised:
+        told(tiny(), "teach")
+    assert raised.value.exit_code == 1
+    assert capfd.readouterr().err == "error: its own words\nwhat is done is kept: the same command goes on from there\n"
+
+
 def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mine = tiny(deploy={"targets": ["onnx-int8", "ctranslate2-int8"]})
