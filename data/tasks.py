@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import lzma
 import re
 import zlib
@@ -245,6 +246,9 @@ def _hub_rows(key: str, source: str, split: Split) -> Iterator[dict[str, Any]]:
 
     match = _HUB.fullmatch(source)
     assert match is not None, "the source was checked before"
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it would tell each of its retries
     try:
         rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or split)
     except Exception as error:  # the hub, its cache and each data set's reader raise types of their own
@@ -252,6 +256,8 @@ def _hub_rows(key: str, source: str, split: Split) -> Iterator[dict[str, Any]]:
             f"{key}: {source} cannot be loaded ({type(error).__name__}: {error}); "
             f"check its name, configuration and split ({match['split'] or split}), and the network"
         ) from error
+    finally:
+        hub.setLevel(level)
     names = {key: kind.names for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
     for row in rows:
         yield {**row, **{key: _class_name(row[key], known) for key, known in names.items()}}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import lzma
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,29 @@ def test_classes_and_choices_of_a_hub_data_set_are_read_by_their_names(tmp_path:
     prepare(TaskConfig.model_validate({**sources, **lettered}), seed=0, folder=tmp_path / "asked")
     first = read_task(tmp_path / "asked").test[0]
     assert (first.input, first.label, first.choices) == ("Where?\n(a) park\n(b) zoo", "zoo", ("park", "zoo"))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_without_its_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    client = logging.getLogger("huggingface_hub.utils._http")
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        client.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    before = logging.getLogger("huggingface_hub").level
+    expected = (
+        "task.train: hub:owner/name cannot be loaded (ConnectionError: Couldn't reach 'owner/name' on the Hub); check its name, "
+        "configuration and split (train), and the network"
+    )
+    with pytest.raises(RuntimeError, match=rf"\A{re.escape(expected)}\Z"):
+        prepare(TaskConfig.model_validate({"train": "hub:owner/name", "test": "hub:owner/name", "metric": "text"}), seed=0, folder=tmp_path)
+    assert caplog.messages == []
+    assert logging.getLogger("huggingface_hub").level == before
 
 
 def test_the_builtin_task_comes_from_its_generator(tmp_path: Path) -> None:
