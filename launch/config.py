@@ -377,6 +377,10 @@ def _message(fault: dict[str, Any], section: type[BaseModel], values: Mapping[st
         return f"{key}: ", f"is {fault['input']!r}; keys with values belong here: {', '.join(_known_keys(section, location, refused=''))}"
     if fault["type"] == "invalid_key":
         return f"{key}: ", f"unknown key; known keys here: {', '.join(_known_keys(section, location[:-1], refused=''))}"
+    if fault["type"] == "string_type" and isinstance(was := fault["input"], dict) and len(was) == 1 and None in was.values():
+        text = f'"{{{next(iter(was))}}}"'
+        told = f"is {text[1:-1]} without quotes, which YAML reads as a mapping: write {text}, on the command line '{key}={text}'"
+        return f"{key}: ", told
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":

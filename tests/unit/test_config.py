@@ -482,6 +482,11 @@ def test_an_override_changes_one_place_of_what_an_alias_repeats(tmp_path: Path) 
         ("=3", "override '=3' is not of the form key.sub=value"),
         ("student..epochs=3", "override 'student..epochs=3' is not of the form key.sub=value"),
         (".name=3", "override '.name=3' is not of the form key.sub=value"),
+        (
+            "task.input={text}",
+            'task.input: is {text} without quotes, which YAML reads as a mapping: write "{text}", on the command line '
+            "'task.input=\"{text}\"'",
+        ),
         ("name=[a", "override 'name=[a': the value is not valid YAML ("),
         ("name.sub=3", "override 'name.sub=3': name is 'small', which has no keys below it; override it whole"),
         (
