@@ -23,6 +23,7 @@ from launch.config import Config
 from launch.hardware import cpu_count, detect
 from launch.parameters import family_of
 from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, deployed_from, made_by, stages, task_stage
+from launch.preflight import check_fits, check_models
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from launch.torchrun import Rendezvous, torchrun
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
@@ -76,6 +77,9 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
         check_targets(config, wanted)
+        kinds = {s.kind for s in wanted if s.place == "worker" and not s.is_done}
+        check_models(config, kinds)
+        check_fits(config, kinds)
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
         missing = [s for s in wanted if s.place == "worker" and not s.is_done]
         before = {s.name for s in wanted if s.is_done}

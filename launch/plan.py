@@ -23,6 +23,8 @@ from launch.training_memory import Step, host_bytes, training_memory
 GPUS_A_NODE = 8
 """Of the nodes that fewest GPUs are counted in."""
 _MOST_NODES = 512
+_HOST_SHARE = 0.8
+"""Of a node's memory that an offloaded teacher may take."""
 _HOST_BYTES = 800_000_000_000
 """Of a node's memory that an offloaded optimizer may take, where offloading is proposed: four fifths of a terabyte."""
 
@@ -86,6 +88,17 @@ def teacher_plan(
         f"use {way_out} or a smaller teacher"
     )
     return TeacherPlan(ways[-1].sharding if ways else "replica", 1, 1, needed.weights, False, why, needed, 0)
+
+
+def hosts_hold(num_parameters: int, nodes: int, memory_bytes: int | None) -> bool:
+    """Whether a teacher that the GPUs do not hold between them may lie in the hosts' memory, each node's share in its own.
+
+    Args:
+        num_parameters: of the teacher.
+        nodes: that share it.
+        memory_bytes: of one node; None where it is not known.
+    """
+    return weight_bytes(num_parameters, "bf16") // nodes < _HOST_SHARE * (memory_bytes or 0)
 
 
 def _plan(model: Architecture, way: Inference, gpus: int, usable: int) -> TeacherPlan:

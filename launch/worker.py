@@ -20,11 +20,10 @@ from data.tasks import Task, read_task
 from launch.architecture import Architecture, architecture_of, assumed_architecture
 from launch.config import RESOLVED, Config, load_config
 from launch.hardware import detect, memory_bytes
-from launch.inference_memory import weight_bytes
 from launch.lineage import hand_over
 from launch.parameters import is_known
 from launch.pipeline import PRUNE, RECOVER, TASK, TEACH, TUNE, Stage, parted, shipped, stages, task_stage
-from launch.plan import cpu_teacher_plan, teacher_plan
+from launch.plan import cpu_teacher_plan, hosts_hold, teacher_plan
 from launch.rundir import locked, run_folder, writing
 from launch.workload import inference_of
 from train.artifacts import Artifact, Checkpoint, TaskFiles
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from train.teacher.live import Layout
     from train.teacher.stage import TeacherInputs
     from train.world import World
-
-_HOST_SHARE = 0.8
-"""Of a node's memory that an offloaded teacher may take."""
 
 
 def run_stages(config: Config, names: Sequence[str], world: World) -> None:
@@ -113,8 +109,7 @@ def _layout(config: Config, tuned: Path | None, world: World) -> Layout:
     else:
         node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         plan = teacher_plan(model, min(gpu.memory_bytes for gpu in gpus), node, world.size // node, inference_of(teacher))
-        # What the GPUs do not hold between them may lie in the hosts' memory, each node's share in its own.
-        if not plan.fits and weight_bytes(model.parameters, "bf16") * node // world.size < _HOST_SHARE * (memory_bytes() or 0):
+        if not plan.fits and hosts_hold(model.parameters, world.size // node, memory_bytes()):
             return Layout("zero3", offload=True)
     if not plan.fits:
         raise ValueError(f"teacher.model does not fit: {plan.why}")

@@ -33,7 +33,8 @@ from train.artifacts import Family
 from train.config import CutModel, ModelSource, ScratchModel
 from train.cutting import cut
 from train.lora import plain_name
-from train.sources import Place, locate, quiet, reading
+from train.places import Place, locate
+from train.sources import quiet, reading
 from train.tokenization import (
     check_same_vocabulary,
     decode,

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from data.prompts import TextFormat
 from train.artifacts import Family
 from train.config import CutModel, ModelSource, ScratchModel
-from train.sources import Place, locate, quiet, reading
+from train.places import Place, locate
+from train.sources import quiet, reading
 
 _VOCABULARY = 512
 _PAD, _EOS = "<pad>", "</s>"

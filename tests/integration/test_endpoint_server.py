@@ -22,7 +22,7 @@ import torch
 from data.prompts import parse_solution
 from train.config import EndpointConfig
 from train.models import load_model
-from train.sources import locate
+from train.places import locate
 from train.teacher.alignment import soft_labels, vocabulary_of
 from train.teacher.endpoint import EndpointWriter, LogProbs
 from train.teacher.pauses import Backoff

@@ -102,10 +102,11 @@ def test_a_run_in_use_is_refused(folder: Path, start: Start) -> None:
 
 
 def test_what_a_worker_refuses_reaches_the_user_in_one_line(folder: Path, start: Start) -> None:
-    output = output_of(start(folder, "run", "tiny.yaml", "student.model=nowhere/", "name=bad"), status=1)
-    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: student.model is 'nowhere/'")
-    assert output.splitlines()[-1] == "what is done is kept: the same command goes on from there"
+    (folder / "broken").mkdir(exist_ok=True)
+    output = output_of(start(folder, "run", "tiny.yaml", "student.model=broken", "name=bad"), status=1)
+    *_, error, last = output.splitlines()
+    assert error.startswith("error: student.model is 'broken', a folder without a tokenizer")
+    assert last == "what is done is kept: the same command goes on from there"
     assert "Traceback" not in output
 
 

@@ -571,6 +571,21 @@ def test_a_server_is_known_by_model_address_and_prompt() -> None:
 GB = 10**9
 
 
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+def test_gpus_that_torch_cannot_use_are_told_once_a_node(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, told: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(worker, "detect", lambda: [SimpleNamespace(memory_bytes=24 * GB)] * 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not worker.has_device("auto")
+    assert worker.has_device("cpu")
+    errors = capsys.readouterr().err
+    assert (
+        errors.count("error: torch ") == errors.count("cannot use the 2 GPU(s) that nvidia-smi lists: ") == len(errors.splitlines()) == told
+    )
+
+
 @pytest.mark.parametrize(
     ("parameters", "local", "size", "host", "layout"),
     [

@@ -19,7 +19,7 @@ from data.teacher_prompts import TeacherPrompt, teacher_prompt
 from train.artifacts import Family
 from train.config import TeacherConfig
 from train.models import family_of, skeleton
-from train.sources import locate
+from train.places import locate
 from train.teacher.prompter import Prompter
 from train.tokenization import load_tokenizer, text_format
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from data.examples import TaskExample
-from train.sources import locate
+from train.places import locate
 from train.teacher.writing import Request, Sampling, Written
 
 MakeRequest = Callable[[TaskExample, str | None, int], Request]
