@@ -343,6 +343,43 @@ class Refuses(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+NOT_LOGGED_IN = """
+import sys
+from pathlib import Path
+from train.background import Background
+from train.config import TrackingConfig
+from train.tracking import Tracker
+with Tracker(Path(sys.argv[1]), TrackingConfig(wandb="online"), group="svamp", job_type="train", settings={}, enabled=True) as tracker:
+    tracker.log(1, {"loss": 0.5})
+Background.drain()
+"""
+
+
+class Accepts(Refuses):
+    """Takes what the client tells of itself."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.send_response(200)
+        self.end_headers()
+
+
+@pytest.mark.usefixtures("_no_key")
+def test_who_is_not_logged_in_gets_an_offline_run_and_the_way_to_log_in(tmp_path: Path) -> None:
+    # In a process of its own: W&B remembers a key that an earlier run of the same process had.
+    with ThreadingHTTPServer(("127.0.0.1", 0), Accepts) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+        command = [sys.executable, "-c", NOT_LOGGED_IN, str(tmp_path / "run")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
+        server.shutdown()
+    assert [path.parent.name.partition("-run-")[0] for path in files_of(tmp_path / "run")] == ["offline"]
+    assert done.stdout + done.stderr == (
+        "Weights & Biases: No API key configured. Use `wandb login` to log in; train is written offline, as is what follows while this "
+        f"lasts: `wandb sync {tmp_path}/run/wandb/offline-run-*` brings it in later\n"
+    )
+
+
 def test_any_answer_counts(silent: str, refusing: str) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         thread = threading.Thread(target=server.serve_forever)
