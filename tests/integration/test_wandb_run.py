@@ -39,8 +39,9 @@ def kill_in_student(start: Start, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], start: Start) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
-    tiny["student"] |= {"epochs": 12, "prune": {"method": "magnitude", "fraction": 0.3, "schedule": "cubic", "epochs": 1}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    prune = {"method": "magnitude", "fraction": 0.3, "schedule": "cubic", "epochs": 1}
+    config = {**tiny, "student": {**tiny["student"], "epochs": 12, "prune": prune}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     kill_in_student(start, folder)
     process = start(folder, "run", "tiny.yaml", "tracking.wandb=offline")
     output, _ = process.communicate(timeout=400)
