@@ -1,12 +1,14 @@
-"""What the README shows is what there is."""
+"""What the README and the pages that it leads to show is what there is."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +20,14 @@ from train.config import EndpointConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-SLURM_README = (ROOT / "slurm" / "README.md").read_text()
+ROOMS = sorted(page for room in ("data", "launch", "slurm", "tests", "train") for page in (ROOT / room).rglob("README.md"))
+"""The pages of the rooms: all that the README leaves out."""
+PAGES = [ROOT / "README.md", *ROOMS, ROOT / "CONTRIBUTING.md"]
+OURS = ("data", "launch", "train")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def fences(language: str, text: str = README) -> list[str]:
@@ -26,10 +35,42 @@ def fences(language: str, text: str = README) -> list[str]:
     return [body for named, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if named == language]
 
 
+def running(text: str) -> str:
+    """A document without its code fences."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", running(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """The links of a page, as it is or would be, that lead to no file or heading of the repository."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", running(text)):
+        place, _, heading = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        if "://" in link:
+            continue
+        is_there = target.exists() and target.is_relative_to(ROOT)
+        if is_there and heading:
+            is_there = heading in headings(text if target == page else target.read_text())
+        broken += [] if is_there else [link]
+    return broken
+
+
 def merged(whole: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
     """A whole configuration with the sections that a snippet shows: in place of its own, or, where a model is not named, added to them."""
     added = {key: section if key != "student" or "model" in section else {**whole[key], **section} for key, section in shown.items()}
     return {**whole, **added}
+
+
+def imported(module: str) -> ModuleType | None:
+    """A module that a snippet imports; None for one of others that is not installed here."""
+    library = module.partition(".")[0]
+    return importlib.import_module(module) if library in OURS or importlib.util.find_spec(library) else None
 
 
 def test_the_first_code_fence_is_make_quickstart_before_line_25() -> None:
@@ -40,42 +81,51 @@ def test_the_first_code_fence_is_make_quickstart_before_line_25() -> None:
     assert re.search(r"^quickstart:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("page", ROOMS, ids=name)
+def test_a_page_opens_with_what_it_is_and_for_whom_and_the_readme_leads_to_it(page: Path) -> None:
+    title, sentence = page.read_text().split("\n\n")[:2]
+    assert re.fullmatch(r"# .+", title)
+    assert "for whoever" in " ".join(sentence.split())
+    assert f"]({name(page)})" in README
+
+
 def test_the_configuration_shown_first_is_a_whole_one() -> None:
     config = validate(yaml.load(fences("yaml")[0], _StrictLoader), "README.md")
     assert config.student.arms.keys() == {"labels_only", "step_by_step"}
 
 
 def test_every_section_shown_alone_fits_into_the_configuration_shown_first() -> None:
-    whole, *sections = (yaml.load(text, _StrictLoader) for text in fences("yaml"))  # a YAML 1.1 reader takes the key `on` for true
-    sections += [yaml.load(text, _StrictLoader) for text in fences("yaml", SLURM_README)]
-    configs = [validate(merged(whole, section), "README.md") for section in sections]
+    whole = yaml.load(fences("yaml")[0], _StrictLoader)  # a YAML 1.1 reader takes the key `on` for true
+    shown = [(name(page), yaml.load(text, _StrictLoader)) for page in PAGES for text in fences("yaml", page.read_text())][1:]
+    configs = [validate(merged(whole, section), page) for page, section in shown]
     assert {config.teacher.source for config in configs} == {"deepspeed", "vllm", "endpoint", "recorded"}
-    assert {key for section in sections for key in section} == {"launch", "teacher", "student", "deploy"}
+    assert {key for _, section in shown for key in section} == {"launch", "teacher", "student", "deploy"}
 
 
-@pytest.mark.parametrize("text", [README, SLURM_README, (ROOT / "CONTRIBUTING.md").read_text()], ids=["README", "slurm", "CONTRIBUTING"])
-def test_a_part_of_a_configuration_is_marked_as_yaml(text: str) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_part_of_a_configuration_is_marked_as_yaml(page: Path) -> None:
     sections = "|".join(Config.model_fields)
-    assert [body for body in fences("", text) if re.match(rf"(?:{sections}):", body)] == []
+    assert [body for body in fences("", page.read_text()) if re.match(rf"(?:{sections}):", body)] == []
 
 
 def test_every_python_snippet_compiles_and_what_it_imports_is_there_and_called_as_it_can_be() -> None:
-    snippets = [ast.parse(text) for text in fences("python")]
+    snippets = [ast.parse(text) for page in PAGES for text in fences("python", page.read_text())]
     assert snippets
     for snippet in snippets:
         named: dict[str, Any] = {}
         for found in ast.walk(snippet):
-            if isinstance(found, ast.ImportFrom):
-                named |= {name.asname or name.name: getattr(importlib.import_module(found.module or ""), name.name) for name in found.names}
+            if isinstance(found, ast.ImportFrom) and (module := imported(found.module or "")):
+                named |= {name.asname or name.name: getattr(module, name.name) for name in found.names}
             elif isinstance(found, ast.Import):
-                named |= {name.asname or name.name: importlib.import_module(name.name) for name in found.names}
+                named |= {name.asname or name.name: imported(name.name) for name in found.names}
         for call in (found for found in ast.walk(snippet) if isinstance(found, ast.Call)):
             if isinstance(call.func, ast.Name) and call.func.id in named:
                 inspect.signature(named[call.func.id]).bind(*call.args, **{word.arg or "": word.value for word in call.keywords})
 
 
 def test_every_key_of_the_teacher_shown_inline_is_one() -> None:
-    keys = set(re.findall(r"`(?:teacher\.)?(?:rationales|endpoint|soft_labels)\.([a-z_]+)", README))
+    text = "\n".join(page.read_text() for page in PAGES)
+    keys = set(re.findall(r"`(?:teacher\.)?(?:rationales|endpoint|soft_labels)\.([a-z_]+)", text))
     known = {*RationalesConfig.model_fields, *EndpointConfig.model_fields, *SoftLabelsConfig.model_fields}
     assert keys
     assert keys <= known
@@ -85,8 +135,15 @@ def test_every_example_configuration_is_linked() -> None:
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"(configs/{path.name})" not in README] == []
 
 
-def test_every_file_and_heading_linked_is_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^#+ ([A-Za-z ]+)$", README, re.MULTILINE)}
-    assert links
-    assert [link for link in links if link not in headings and not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_file_and_heading_linked_is_there(page: Path) -> None:
+    text = page.read_text()
+    assert broken_links(page, text) == []
+    assert headings(text)
+
+
+def test_a_link_that_leads_nowhere_is_found() -> None:
+    page = ROOT / "launch" / "README.md"
+    there = "[a](../README.md#memory) [b](#one--two) [c](templates) [d](https://example.org/x#y)\n\n# One & two\n"
+    gone = "[e](README.md#nothing) [f](configs/cqa.yaml) [g](#one) [h](../../outside.md)\n```\n# one\n```\n"
+    assert broken_links(page, there + gone) == ["README.md#nothing", "configs/cqa.yaml", "#one", "../../outside.md"]
