@@ -75,6 +75,14 @@ def test_the_commands_are_found_wherever_they_stand() -> None:
     assert any(command.startswith("sweep reviews.yaml --arms") and "--fractions 1:4" in command for _, command in ALL)  # over two lines
 
 
+def test_the_reference_has_every_command() -> None:
+    spans = re.findall(
+        r"`([^`]*)`", re.search(r"^## Commands\n(.*?)^## ", (ROOT / "launch" / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    )
+    known: Any = typer.main.get_command(app)
+    assert set(known.commands) <= {span.split()[0] for span in spans}
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [

@@ -17,6 +17,7 @@ import yaml
 from data.config import RationalesConfig, SoftLabelsConfig
 from launch.config import Config, _StrictLoader, validate
 from train.config import EndpointConfig
+from train.deploy.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,12 @@ ROOMS = sorted(page for room in ("data", "launch", "slurm", "tests", "train") fo
 """The pages of the rooms: all that the README leaves out."""
 PAGES = [ROOT / "README.md", *ROOMS, ROOT / "CONTRIBUTING.md"]
 OURS = ("data", "launch", "train")
+
+READING_SPEED = 240
+"""Words a minute, of somebody who reads technical prose to use it."""
+MINUTES = 10
+MOST_WORDS = 3300
+"""Tables and code are looked at rather than read. They count here, by their words and marks."""
 
 
 def name(page: Path) -> str:
@@ -38,6 +45,11 @@ def fences(language: str, text: str = README) -> list[str]:
 def running(text: str) -> str:
     """A document without its code fences."""
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> list[str]:
+    """The words that are read one after the other: neither code fences nor rows of tables."""
+    return " ".join(line for line in running(text).splitlines() if not line.startswith("|")).split()
 
 
 def headings(text: str) -> set[str]:
@@ -79,6 +91,16 @@ def test_the_first_code_fence_is_make_quickstart_before_line_25() -> None:
     assert first < 25
     assert lines[first] == "make quickstart"
     assert re.search(r"^quickstart:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_readme_is_read_in_ten_minutes() -> None:
+    assert len(prose(README)) <= READING_SPEED * MINUTES
+    assert len(README.split()) <= MOST_WORDS
+
+
+def test_words_of_code_and_tables_are_not_prose() -> None:
+    text = "# One\n\ntwo `three`\n\n```bash\nno\n```\n\n| no | no |\n| :--- | ---: |\n\n- four\n"
+    assert " ".join(prose(text)) == "# One two `three` - four"
 
 
 @pytest.mark.parametrize("page", ROOMS, ids=name)
@@ -133,6 +155,12 @@ def test_every_key_of_the_teacher_shown_inline_is_one() -> None:
 
 def test_every_example_configuration_is_linked() -> None:
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"(configs/{path.name})" not in README] == []
+
+
+def test_every_target_has_its_row_in_the_matrix() -> None:
+    rows = re.findall(r"^\| \w+ \| `([\w-]+)`", README, re.MULTILINE)
+    assert [target for target in TARGETS if target not in rows] == []
+    assert [row for row in rows if row.removesuffix("-recovered") not in TARGETS] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
