@@ -13,15 +13,15 @@ from launch.plan import TeacherPlan
 from launch.training_memory import Step
 
 MFU = 0.31
-"""Share of a GPU's peak that training reaches (1.24B weights, H100; README, Performance)."""
+"""Share of a GPU's peak that training reaches (1.24B weights, H100; tests/bench/README.md, Training)."""
 COMPILED_MFU = 0.43
 """The same with compiled layers."""
 DECODING_SHARE = {"replica": 0.65, "tensor": 0.45}
-"""Of the memory's bandwidth that a decoding step reaches (8B weights, H200: 4.03 of 5.84 ms, 2.10 of 4.76; README, Performance)."""
+"""Of the memory's bandwidth that a decoding step reaches (8B weights, H200: 4.03 of 5.84 ms, 2.10 of 4.76; tests/bench/README.md)."""
 PREFILL_MFU = 0.5
 """Of the peak that a forward over prompts, or one that scores, reaches (8B weights, H200)."""
 TOP_K_BYTES = 85.8 / 32
-"""On disk, for each of the k ids of a token (README, soft labels)."""
+"""On disk, for each of the k ids of a token (train/teacher/README.md, Soft labels)."""
 SAMPLED_BYTES = 22.7 / 50
 """Likewise for each draw."""
 TEXT_BYTES = 4.0

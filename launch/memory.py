@@ -1,7 +1,7 @@
 """Memory of one process, by what takes it. Arithmetic only: imports no torch.
 
 What `train/` and DeepSpeed 0.19.8 allocate, counted tensor by tensor at each moment of a step that may be the fullest one;
-launch/training_memory.py and launch/inference_memory.py count them. The README compares them with what a GPU says.
+launch/training_memory.py and launch/inference_memory.py count them. README, Memory, compares them with what a GPU says.
 """
 
 from __future__ import annotations
