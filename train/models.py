@@ -58,6 +58,7 @@ __all__ = [
     "save_model",
     "skeleton",
     "text_format",
+    "tied_weights",
     "tokenizer_source",
 ]
 
@@ -296,10 +297,15 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     model.generation_config = GenerationConfig(**tokens)
 
 
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are the same as another one: a T5's configuration says so of its head, which a checkpoint may hold apart."""
+    pairs = model.all_tied_weights_keys.items()
+    return {target: source for target, source in pairs if model.get_parameter(target) is model.get_parameter(source)}
+
+
 def _without_tied_copies(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # A gathered state dict holds tied weights as separate copies, which would be written twice.
-    pairs = model.all_tied_weights_keys.items()
-    tied = {target: source for target, source in pairs if model.get_parameter(target) is model.get_parameter(source)}
+    tied = tied_weights(model)
     weights = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
     missing = _plain_names(model) - state_dict.keys()
     assert not missing, f"the gathered weights lack {sorted(missing)[:3]}"

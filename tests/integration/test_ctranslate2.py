@@ -353,7 +353,10 @@ def _random_t5(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int, **se
     )  # fmt: skip
     torch.manual_seed(0)
     layout = TextFormat("encoder_decoder", eos_id=1, pad_id=6, max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=8)
-    save_model(T5ForConditionalGeneration(config), tokenizer, layout, folder)
+    model = T5ForConditionalGeneration(config)
+    if not settings.get("tie_word_embeddings", True):  # transformers 5.17 ties them all the same, unless a checkpoint holds another head
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(rows, 32))
+    save_model(model, tokenizer, layout, folder)
     return TransformersRuntime(folder, device="cpu")
 
 

@@ -258,6 +258,8 @@ def _random_t5(folder: Path, **settings: Any) -> Any:
     }  # fmt: skip
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(**{**defaults, **settings})).eval()
+    if not settings.get("tie_word_embeddings", True):  # transformers 5.17 ties them all the same, unless a checkpoint holds another head
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
     _vary(model)
     save_model(model, TOKENIZER, _layout("encoder_decoder"), folder)
     return model
@@ -342,7 +344,7 @@ def test_step_by_step_is_the_same_as_at_once(family: str, tmp_path: Path) -> Non
     model = (
         _random_decoder(tmp_path / "model", tie_word_embeddings=False, initializer_range=0.4)
         if family == "decoder_only"
-        else _random_t5(tmp_path / "model", tie_word_embeddings=False, initializer_factor=3.0)
+        else _random_t5(tmp_path / "model", initializer_factor=3.0)
     )
     runtime = OnnxRuntime(_deploy(tmp_path / "model", "float32"), threads=1)
     runtime.format = dataclasses.replace(runtime.format, eos_id=-1)

@@ -198,13 +198,18 @@ def _oneshot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modifie
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
+    from train.models import tied_weights
+
     loader: Any = DataLoader(rows, batch_size=1, collate_fn=lambda batch: batch[0]) if rows else None  # type: ignore[arg-type]
     if rows and (accelerator := torch.accelerator.current_accelerator(check_available=True)):
         set_onload_device(model, accelerator)  # the pipelines `sequential` and `datafree` do so themselves
+    tied = tied_weights(model)
     oneshot(model=model, processor=tokenizer, dataset=loader, num_calibration_samples=len(rows), recipe=[modifier], pipeline=pipeline)
     # Left as they are, parameters would be copies on the accelerator, tied ones two, and what is written to them lost.
     remove_dispatch(model)
-    model.tie_weights()
+    for target, source in tied.items():
+        module, _, name = target.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(source))
 
 
 def _set_scales(model: PreTrainedModel, scales: Mapping[str, torch.Tensor]) -> None:
