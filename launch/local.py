@@ -317,7 +317,7 @@ def make_file(stage: Stage, config: Config, table: dict[str, Stage]) -> bool:
     target = target_of(stage.detail)
     assert target is not None, stage.name
     source, task, teach = deployed_from(config, table, stage).folder, table[TASK].folder, table[TEACH].folder
-    DeployRequest(target.name, str(source), str(task), str(teach), str(stage.folder)).write(request)
+    DeployRequest(target.name, str(source), str(task), str(teach), str(stage.folder), config.deploy.vocabulary).write(request)
     status = supervise(deploy_command(request), worker_environment(1, cpu_count(), config.launch.device))
     if status < 0:
         print(f"error: {stage.name} was ended by signal {-status}: often the memory is used up", file=sys.stderr, flush=True)

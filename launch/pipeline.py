@@ -116,15 +116,16 @@ def parted(name: str) -> tuple[str, Part | None]:
 def _deploys(config: Config, table: Mapping[str, Stage], common: Mapping[str, Any]) -> dict[str, Stage]:
     """The files to ship, each that recovers behind the training that it is made of."""
     arm, recover, source = config.student.arm, config.deploy.recover, shipped(config, table)
+    tokens = {} if config.deploy.vocabulary == "whole" else {"vocabulary": config.deploy.vocabulary}
     found: dict[str, Stage] = {}
     for target in config.deploy.targets:
-        found[f"deploy.{target}"] = _stage(config, f"deploy.{target}", {"target": target, "train": source.key}, "process")
+        found[f"deploy.{target}"] = _stage(config, f"deploy.{target}", {"target": target, "train": source.key, **tokens}, "process")
         if recover is not None and TARGETS[target].can_recover:
             inputs = {**common, **_training(config, arm, recover.loss or config.student.loss), "teach": table[TEACH].key}
             inputs |= {"recover": hashed(recover), "target": target, "train": source.key}
             found[f"recover.{target}"] = _stage(config, f"recover.{target}", inputs, "worker")
             name = f"deploy.{target}{RECOVERED}"
-            found[name] = _stage(config, name, {"target": target, "train": found[f"recover.{target}"].key}, "process")
+            found[name] = _stage(config, name, {"target": target, "train": found[f"recover.{target}"].key, **tokens}, "process")
     return found
 
 

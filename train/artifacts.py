@@ -139,6 +139,8 @@ class DeployedModel(Artifact):
     num_parameters: int
     max_input_tokens: int
     max_label_tokens: int
+    num_tokens: int = 0
+    """Rows of the embedding."""
     seconds: float = 0.0
     bits_a_parameter: float | None = None
     """Measured in the file, over all of its tensors."""

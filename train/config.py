@@ -637,6 +637,12 @@ class DeployConfig(Section):
         description="Train the weights of each target of 4 bits or fewer, but K-quants, with the rounding in the loop: the file made of "
         "them, TARGET-recovered, is a rung beside the one that is only rounded.",
     )
+    vocabulary: Literal["whole", "task"] | Annotated[int, Field(ge=256)] = Field(
+        "whole",
+        description="Tokens that the files know; embedding and head have a row for each. whole: all. task: those of the training rows, "
+        "what these are merged from, single characters and bytes, and special tokens; other words are cut into smaller pieces. A number: "
+        "the same and the tokenizer's first others, which are its most frequent, until there are so many.",
+    )
     license: str | None = Field(None, description="SPDX id of the licence of what you ship, for its model card: apache-2.0, mit, ...")
 
 

@@ -121,6 +121,11 @@ class TransformersRuntime:
             decoder_start_token_id=getattr(self._model.config, "decoder_start_token_id", None),
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens and outer white space."""
         return self._decode(self._tokenizer, list(ids))

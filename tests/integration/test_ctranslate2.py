@@ -116,13 +116,13 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Student(folder, checkpoint, {target: _deployed(target, folder, folder / target) for target in targets})
 
 
-def _deployed(target: str, trained: Path, out: Path) -> DeployedModel:
+def _deployed(target: str, trained: Path, out: Path, vocabulary: str | int = "whole", rows: int = 20) -> DeployedModel:
     """The stage as the pipeline runs it, on a task whose training rows are the first pairs."""
     task = out.with_name(f"{out.name}-task")
     task.mkdir(exist_ok=True)
-    for split, pairs in {"train": PAIRS[:20], "test": PAIRS[20:30]}.items():
+    for split, pairs in {"train": PAIRS[:rows], "test": PAIRS[rows : rows + 10]}.items():
         write_examples(task / f"{split}.jsonl", [TaskExample(str(i), text, label) for i, (text, label) in enumerate(pairs)])
-    return stage.run(DeployRequest(target, str(trained), str(task), str(task), str(out)))
+    return stage.run(DeployRequest(target, str(trained), str(task), str(task), str(out), vocabulary))
 
 
 def _predictions(runtime: Any, batch_size: int = 32) -> list[str]:
@@ -178,6 +178,19 @@ def _torch_log_probs(model: Any, family: Family, prompt: list[int], target: list
         else:
             logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
     return [float(row[i]) for row, i in zip(logits.log_softmax(-1), target, strict=True)]
+
+
+def test_without_the_tokens_that_no_row_uses_it_answers_the_same_from_a_smaller_file(student: Student, tmp_path: Path) -> None:
+    whole = student.deployed["ctranslate2-float32"]
+    made = {name: _deployed("ctranslate2-float32", student.folder, tmp_path / str(name), name, 90) for name in ("task", 290)}
+    # Pairs of another opening are not among the rows; what the tokenizer has of them is cut into letters.
+    assert 256 < made["task"].num_tokens < made[290].num_tokens == 290 < whole.num_tokens
+    assert made["task"].weight_bytes < made[290].weight_bytes < whole.weight_bytes
+    assert {one.source_weight_bytes for one in made.values()} == {whole.source_weight_bytes}
+    files = {name: Ctranslate2Runtime(tmp_path / str(name) / "model", device="cpu") for name in made}
+    expected = _predictions(TransformersRuntime(student.model(), device="cpu"))[:100]
+    assert [_predictions(file)[:90] for file in files.values()] == [expected[:90]] * 2
+    assert not list(tmp_path.glob("*/.*")), "nothing is left behind"
 
 
 def test_tokens_are_those_of_training(student: Student) -> None:

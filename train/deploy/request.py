@@ -21,6 +21,8 @@ class DeployRequest(Request):
     records_folder: str
     """The teacher's, whose rationales are calibrated on."""
     out_folder: str
+    vocabulary: str | int = "whole"
+    """`deploy.vocabulary`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
     python -m train.deploy.stage REQUEST.json
 
-round on training rows (4 bits) -> convert (the format's module) -> verify in a fresh process (verify.py) -> rename
+leave out tokens (deploy.vocabulary) -> calibrate on training rows (what is_smoothed_here or is_calibrated_here) -> convert (the format's
+module) -> verify in a fresh process (verify.py) -> rename
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -46,23 +47,32 @@ def run(request: DeployRequest) -> DeployedModel:
         ValueError: if the target cannot be made of this model, or here.
         RuntimeError: if the file that was made is not what it should be, or the disk is full.
     """
-    source = Path(request.checkpoint_folder) / MODEL
-    reference = TransformersRuntime(source, device="cpu")
+    target, whole, folder = TARGETS[request.target], Path(request.checkpoint_folder) / MODEL, Path(request.out_folder)
     rows = list(read_examples(Path(request.task_folder) / "train.jsonl"))
     held_out = {example.input for example in read_examples(Path(request.task_folder) / "test.jsonl")}
     own = [row for row in rows if row.input not in held_out]
     rationales = {record.id: record.rationale for record in read_records(Path(request.records_folder), "train") if record.rationale}
 
-    def samples(of: list[TaskExample], most: int) -> list[Sample]:
-        return list(islice(samples_of(of, rationales, reference.format, reference.encode), most))
+    def samples(of: list[TaskExample], form: TextFormat, encode: Encode, most: int | None = None) -> list[Sample]:
+        return list(islice(samples_of(of, rationales, form, encode), most))
 
-    # Where every input is one of the test split there is nothing to calibrate on; to compare two models any text will do.
-    calibration, compared = samples(own, NUM_SAMPLES), samples(own or rows, NUM_PROBES)
-    return deploy(TARGETS[request.target], source, Path(request.out_folder), calibration, compared, reference)
+    with _with_vocabulary(request.vocabulary, whole, folder, lambda form, encode: samples(own, form, encode)) as source:
+        reference = TransformersRuntime(source, device="cpu")
+        form, encode = reference.format, reference.encode
+        # Where every input is one of the test split there is nothing to calibrate on; to compare two models any text will do.
+        calibration, compared = samples(own, form, encode, NUM_SAMPLES), samples(own or rows, form, encode, NUM_PROBES)
+        return deploy(target, source, folder, calibration, compared, reference, whole=whole)
 
 
 def deploy(
-    target: Target, source: Path, folder: Path, samples: Sequence[Sample], compared: Sequence[Sample], reference: TransformersRuntime
+    target: Target,
+    source: Path,
+    folder: Path,
+    samples: Sequence[Sample],
+    compared: Sequence[Sample],
+    reference: TransformersRuntime,
+    *,
+    whole: Path | None = None,
 ) -> DeployedModel:
     """Makes `folder/model` of a model folder.
 
@@ -75,12 +85,13 @@ def deploy(
         samples: to calibrate on.
         compared: to verify on; at least one.
         reference: the source in fp32; of no use afterwards.
+        whole: the model that the source was made of by leaving out tokens, whose size is told as the fp32 model's; the source, if left out.
 
     Raises:
         ValueError: if the target cannot be made of this model, or here.
         RuntimeError: if the file that was made is not what it should be, or the disk is full.
     """
-    begin, form = time.monotonic(), reference.format
+    begin, form, num_tokens = time.monotonic(), reference.format, reference.num_tokens
     check_possible(target, form.family)
     made, unchecked = folder / MODEL, folder / f".{MODEL}.unchecked"
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +118,9 @@ def deploy(
         family=form.family,
         weight_bytes=weight_bytes,
         total_bytes=total_bytes,
-        source_weight_bytes=fp32_bytes(source),
+        source_weight_bytes=fp32_bytes(whole or source),
         num_parameters=num_weights(source),
+        num_tokens=num_tokens,
         max_input_tokens=form.max_input_tokens,
         max_label_tokens=form.max_label_tokens,
         seconds=time.monotonic() - begin,
@@ -124,9 +136,42 @@ def deploy(
 
 
 @contextmanager
+def _with_vocabulary(
+    vocabulary: str | int, whole: Path, folder: Path, texts: Callable[[TextFormat, Encode], list[Sample]]
+) -> Iterator[Path]:
+    """The model's folder, or that of a copy without the tokens that no training row uses."""
+    if vocabulary == "whole":
+        yield whole
+        return
+    import torch
+
+    from train.grids import read_scales, write_scales
+    from train.models import encoder, load_folder, save_model
+    from train.vocabulary import trim
+
+    model, tokenizer, form = load_folder(whole, dtype=torch.float32)
+    before = texts(form, encoder(tokenizer))
+    if not before:
+        raise ValueError(f"deploy.vocabulary is {vocabulary}, but every training input is one of the test split: set it to whole")
+    used = {token for prompt, target in before for token in (*prompt, *target)}
+    smaller, smaller_form, new = trim(model, tokenizer, form, used, 0 if isinstance(vocabulary, str) else vocabulary)
+    after = texts(smaller_form, encoder(smaller))
+    if any([new[token] for token in was] != list(now) for pair in zip(before, after, strict=True) for was, now in zip(*pair, strict=True)):
+        raise RuntimeError(
+            f"deploy.vocabulary is {vocabulary}, but without the other tokens training texts are cut otherwise: set it to whole"
+        )
+    with _for_a_while(folder / ".trimmed") as made:
+        save_model(model, smaller, smaller_form, made / MODEL)
+        if scales := read_scales(whole):
+            write_scales(scales, made)
+        del model
+        yield made / MODEL
+
+
+@contextmanager
 def _calibrated(target: Target, source: Path, folder: Path, samples: Sequence[Sample]) -> Iterator[Path]:
-    """The source, or where the rounding is chosen here, a copy whose matrices stand on their grids; those that recovered do already."""
-    if not target.is_calibrated_here or not samples:
+    """The source, or a copy that training rows have made ready for the rounding; what recovered stands on its grid already."""
+    if not samples or not (target.is_calibrated_here or target.is_smoothed_here):
         yield source
         return
     import torch
@@ -134,20 +179,30 @@ def _calibrated(target: Target, source: Path, folder: Path, samples: Sequence[Sa
     from train.calibration import put_on_grids_by
     from train.grids import read_scales
     from train.models import load_folder, save_model
+    from train.smoothing import smooth
 
     if read_scales(source):
         yield source
         return
-    rounded = folder / f".{MODEL}.rounded"
-    shutil.rmtree(rounded, ignore_errors=True)
-    try:
-        model, tokenizer, form = load_folder(source, dtype=torch.float32)
+    model, tokenizer, form = load_folder(source, dtype=torch.float32)
+    if target.is_smoothed_here:
+        smooth(samples, model)
+    else:
         put_on_grids_by(samples, model, module_of(target).grids(model, target))
-        save_model(model, tokenizer, form, rounded)
+    with _for_a_while(folder / f".{MODEL}.rounded") as made:
+        save_model(model, tokenizer, form, made)
         del model
-        yield rounded
+        yield made
+
+
+@contextmanager
+def _for_a_while(folder: Path) -> Iterator[Path]:
+    """A folder that is empty first, and gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(rounded, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verified(target: Target, source: Path, unchecked: Path, folder: Path, probes: list[Probe]) -> Verified:

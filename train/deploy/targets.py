@@ -79,6 +79,11 @@ class Target:
         return self.type in ("Q5_0", "Q4_0", "int4")
 
     @property
+    def is_smoothed_here(self) -> bool:
+        """Its runtime rounds what matrices read to 8 bits, one scale a token: the channels are brought to like sizes before."""
+        return self.format == "ctranslate2" and self.type == "int8"
+
+    @property
     def can_recover(self) -> bool:
         """So few bits that training through the rounding pays; a K-quant's scales are found by a search that is not repeated here."""
         return self.bits <= MAX_RECOVERED_BITS and not self.mixed_with

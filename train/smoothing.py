@@ -1,0 +1,85 @@
+"""Inputs whose channels are of more equal size, so that 8 bits a token lose less of them: the model computes what it did before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from train.calibration import Rows, inputs_of
+
+_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Whose layers are built of parts of these names, and whose norms multiply by their weight alone."""
+_SMALLEST = 1e-5
+_STRENGTH = 0.65
+"""Divergence of a tuned SmolLM2-135M in CTranslate2's int8 on 80 validation items of CQA: 0.041 nats without; 0.026, 0.017, 0.015 at 0.3,
+0.5, 0.65."""
+
+
+@torch.no_grad()
+def smooth(rows: Rows, model: PreTrainedModel, strength: float = _STRENGTH) -> bool:
+    """Divides the channels of what matrices read by their size, where they are made, and multiplies the matrices' columns by it, in place.
+
+    Args:
+        rows: training rows; at least one.
+        model: in fp32, on the CPU.
+        strength: share of the difference between channels that goes from the inputs to the weights.
+
+    Returns:
+        Whether the model is of a type whose parts are known; else it is as it was.
+
+    Source: Xiao et al., SmoothQuant (arXiv 2211.10438), equation 4; here also for what the last matrix of attention and of the feed-forward
+        layer reads.
+    """
+    if model.config.model_type not in _TYPES:
+        return False
+    pairs = [pair for layer in model.get_decoder().layers for pair in _pairs(layer)]
+    with _largest_inputs([readers[0] for _, readers, _ in pairs]) as largest:
+        for prompt, target in rows:
+            model(**inputs_of(prompt, target, False))
+    for maker, readers, head in pairs:
+        _move(maker, readers, head, largest[readers[0]], strength)
+    return True
+
+
+def _pairs(layer: Any) -> Iterator[tuple[Any, list[nn.Linear], int]]:
+    """What makes an input, channel by channel, the matrices that read it, and how many channels stand side by side in a head."""
+    attention: Any = layer.self_attn
+    forward: Any = layer.mlp
+    yield layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], 1
+    yield attention.v_proj, [attention.o_proj], attention.head_dim
+    yield layer.post_attention_layernorm, [forward.gate_proj, forward.up_proj], 1
+    yield forward.up_proj, [forward.down_proj], 1
+
+
+def _move(maker: Any, readers: Sequence[nn.Linear], head: int, largest: Tensor, strength: float) -> None:
+    columns = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
+    # Heads that share values read the same channel: [groups, heads of a group, channels of a head].
+    shape = (maker.weight.shape[0] // head, -1, head)
+    largest, columns = (values.view(shape).amax(1, keepdim=True).clamp(min=_SMALLEST) for values in (largest, columns))
+    scale = largest**strength / columns ** (1 - strength)
+    for values in (maker.weight, getattr(maker, "bias", None)):
+        if values is not None:
+            values.div_(scale.view(-1, *[1] * (values.dim() - 1)))
+    for reader in readers:
+        reader.weight.mul_(scale.expand(-1, reader.in_features // maker.weight.shape[0], -1).reshape(-1))
+
+
+@contextmanager
+def _largest_inputs(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Inside, the largest size of each channel of what each layer is fed."""
+    found: dict[nn.Module, Tensor] = {layer: torch.zeros(layer.in_features) for layer in layers}
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[layer] = torch.maximum(found[layer], inputs[0].abs().flatten(0, -2).amax(0))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
