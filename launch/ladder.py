@@ -39,6 +39,21 @@ class StageCost:
 
 
 @dataclass(frozen=True, slots=True)
+class StagePeak:
+    """The most memory of one process, as planned and as measured."""
+
+    stage: str
+    device: str
+    processes: int
+    layout: str
+    planned_bytes: int | None
+    """None on a CPU, as plans count a GPU's memory, and where the plan does not know the work."""
+    measured_bytes: int
+    ratio: float | None
+    """Measured over planned."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReportInputs:
     """The files and facts that a report is built from."""
 
@@ -61,6 +76,8 @@ class ReportInputs:
     """The canonical test examples; the sample answers show their inputs and labels."""
     written: list[Written] = field(default_factory=list)
     """Samples of what the teacher wrote."""
+    memory: list[StagePeak] = field(default_factory=list)
+    """What stages were planned to hold and held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +180,7 @@ class Report:
     deployed: dict[str, DeployedModel]
     samples: list[Sample]
     written: list[Written]
+    memory: list[StagePeak]
     config: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -236,6 +254,7 @@ def build(inputs: ReportInputs) -> Report:
         deployed=deployed,
         samples=_samples(evaluations, inputs.test_file),
         written=list(inputs.written),
+        memory=list(inputs.memory),
         config=_plain(inputs.config),
         provenance=_plain(inputs.provenance),
     )

@@ -23,7 +23,7 @@ from launch import plots
 from launch import report_html as words
 from launch.ladder import LEVEL, SAMPLES, Report, Rung, Sample
 from launch.report_html import Page, Plot, Section, Table, Tile
-from train.artifacts import Checkpoint, Records, write_json
+from train.artifacts import CPU, Checkpoint, Records, write_json
 
 _GAP = 2
 
@@ -69,6 +69,7 @@ def page(report: Report) -> Page:
         *([_training_section(report)] if report.trained else []),
         *[_pruning_section(name, made) for name, made in report.trained.items() if made.sparsity],
         _cost_section(report),
+        *([_memory_section(report)] if report.memory else []),
         *([_samples_section(report)] if report.samples else []),
         _provenance_section(report),
         Section("Configuration", [], [], [], [], yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True), folded=True),
@@ -314,6 +315,32 @@ def _cost_section(report: Report) -> Section:
         tables.append(Table(["Rung", "Device", "Load", "First token", "Each after it"], served, "Latency of one prompt", text_columns=2))
         return Section("Costs", [f"The stages that ran this time took {words.duration(report.seconds)}.", note], tables, [], [])
     return Section("Costs", [f"The stages that ran this time took {words.duration(report.seconds)}."], tables, [], [])
+
+
+def _memory_section(report: Report) -> Section:
+    """Planned against measured where a stage ran on GPUs; what was measured elsewhere."""
+    rows = [
+        [
+            *[peak.stage, peak.device, peak.layout or words.MISSING, str(peak.processes)],
+            *[words.num_bytes(peak.planned_bytes), words.num_bytes(peak.measured_bytes), words.percent(peak.ratio)],
+        ]
+        for peak in report.memory
+    ]
+    on_gpu = [peak.device != CPU for peak in report.memory]
+    notes = []
+    if any(on_gpu):
+        notes.append(
+            "Planned is what `stepdown plan` counts for the layout that ran, every sequence as long as the configuration lets it be; "
+            "measured is the most that torch had allocated. A GPU's CUDA context and NCCL are in neither."
+        )
+    if not all(on_gpu):
+        notes.append(
+            "Plans count a GPU's memory. On a CPU there is none to compare: measured is all that the process held, Python and its "
+            "libraries included."
+        )
+    titles = ["Stage", "Device", "Layout", "Processes", "Planned", "Measured", "Of the plan"]
+    text = "The most memory of one process while a stage ran, of the process that held most."
+    return Section("Memory", [text], [Table(titles, rows, text_columns=3, stacked=True)], [], notes)
 
 
 def _figure(value: float | None, digits: int = 2) -> str:

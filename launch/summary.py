@@ -13,6 +13,7 @@ from launch.card import write_card
 from launch.config import RESOLVED, load_config
 from launch.ladder import SAMPLES, Report, ReportInputs, StageCost, build
 from launch.local import made
+from launch.peaks import stage_peaks
 from launch.pipeline import ARTIFACT_OF, PRUNE, PRUNED, RECOVER, TASK, TEACH, TEACHER, Stage
 from launch.report import terminal_table, write
 from launch.rundir import read_stages
@@ -37,6 +38,7 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
     rungs = [stage.folder for stage in done.values() if stage.kind == "evaluate"]
     if not rungs:
         raise RuntimeError(f"{folder} has no finished evaluation to report: run `stepdown run` with its configuration first")
+    config = load_config(folder / RESOLVED)
     built = build(
         ReportInputs(
             name=folder.resolve().name,
@@ -48,10 +50,11 @@ def report(folder: Path, console: Console, skipped: frozenset[str] = frozenset()
             records=Records.read(done[TEACH].folder) if TEACH in done else None,
             checkpoints={_trained_name(stage): stage.folder for stage in done.values() if ARTIFACT_OF[stage.kind] is Checkpoint},
             deployed={stage.detail: stage.folder for stage in done.values() if stage.kind == "deploy"},
-            config=load_config(folder / RESOLVED).model_dump(mode="json", exclude_unset=True),
+            config=config.model_dump(mode="json", exclude_unset=True),
             provenance=json.loads((folder / "provenance.json").read_text()),
             test_file=stages[TASK].folder / "test.jsonl",
             written=written(done[TEACH].folder, stages[TASK].folder, SAMPLES) if TEACH in done else [],
+            memory=stage_peaks(config, done),
         )
     )
     write(built, folder)

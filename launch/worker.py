@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 def run_stages(config: Config, names: Sequence[str], world: World) -> None:
     """Runs stages that are not done; each marks its folder when it is."""
+    from train.peaks import measuring
+
     table = stages(config, TaskFiles.read(task_stage(config).folder))
     task = read_task(table[TASK].folder)
     for name, part in map(parted, names):
@@ -56,7 +58,8 @@ def run_stages(config: Config, names: Sequence[str], world: World) -> None:
             if world.sees(stage.is_done):
                 continue
             with _tracking(stage, config, table, world) as open_tracker:
-                artifact = _run(stage, config, table, task, world, open_tracker)
+                with measuring(stage.folder, world):
+                    artifact = _run(stage, config, table, task, world, open_tracker)
                 world.barrier()
                 if world.is_main:
                     artifact.write(stage.folder)
@@ -140,11 +143,12 @@ def _teach(
 
 
 def _teach_part(part: Part, stage: Stage, config: Config, table: Mapping[str, Stage], task: Task, world: World) -> None:
+    from train.peaks import measuring
     from train.teacher import stage as teach
 
     inputs = _teacher_inputs(config, table, task, world)
     own = replace(stage, folder=stage.folder / f"part-{part.index}-of-{part.of}")  # a log of its own
-    with _tracking(own, config, table, world, shows=False) as open_tracker, open_tracker(0) as tracker:
+    with _tracking(own, config, table, world, shows=False) as open_tracker, open_tracker(0) as tracker, measuring(own.folder, world):
         teach.run_part(config.teacher, inputs, stage.folder, world, part, seed=config.seed, tracker=tracker)
 
 

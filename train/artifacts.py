@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 Family = Literal["encoder_decoder", "decoder_only"]
 ARTIFACT = "artifact.json"
+MEMORY_FILE = "memory.json"
+CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,33 @@ class Artifact:
             raise RuntimeError(
                 f"{path} cannot be read ({error}): another version wrote it, or it is damaged; delete {folder} and run again"
             ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """The most memory that one process of a stage held; beside the artifact, as the parts of a stage and what stops it note theirs too."""
+
+    device: str
+    """The GPU, as torch names it, or `CPU`."""
+    device_bytes: int | None
+    """Memory of one GPU; None on a CPU."""
+    processes: int
+    peak_bytes: int
+    """Of the process that held most: on a GPU what torch had allocated there, on a CPU what was resident, libraries included."""
+
+    def write(self, folder: Path) -> None:
+        """Notes it, unless an earlier start of the same stage held more on as many devices of the kind."""
+        before = self.read(folder)
+        if before is None or (replace(before, peak_bytes=0) != replace(self, peak_bytes=0)) or before.peak_bytes < self.peak_bytes:
+            write_json(folder / MEMORY_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Of the stage, or of that of its parts which held most; None where an earlier version ran it."""
+        found = [
+            cls(**json.loads(path.read_text())) for path in (folder / MEMORY_FILE, *folder.glob(f"part-*/{MEMORY_FILE}")) if path.is_file()
+        ]
+        return max(found, key=lambda peak: peak.peak_bytes, default=None)
 
 
 class Request:

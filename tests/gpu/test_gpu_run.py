@@ -15,8 +15,12 @@ import pytest
 import yaml
 
 from data.store import read_records
+from launch.config import RESOLVED, load_config
 from launch.hardware import detect
+from launch.peaks import stage_peaks
+from launch.pipeline import Stage
 from launch.rundir import read_stages
+from train.artifacts import ARTIFACT
 
 Start = Callable[..., subprocess.Popen[str]]
 NUM_GPUS = len(detect())
@@ -44,6 +48,14 @@ def test_one_gpu_trains_in_bf16(tmp_path: Path, tiny: dict[str, Any], start: Sta
     for log in logs.values():
         losses = [line["loss"] for line in log if "loss" in line]
         assert sum(losses[-3:]) < sum(losses[:3])
+    run = tmp_path / "runs" / "tiny"
+    done = {name: Stage(name, "", path, "worker") for name, path in read_stages(run).items() if (path / ARTIFACT).is_file()}
+    peaks = stage_peaks(load_config(run / RESOLVED), done)
+    assert [peak.stage for peak in peaks] == ["tune", "teach", "train.labels_only", "train.step_by_step_soft"]
+    for peak in peaks:
+        assert (peak.device, peak.processes) == (detect()[0].name, 1)
+        # Plans are upper bounds: the sequences of this task are far shorter than the configuration lets them be.
+        assert peak.ratio is not None and 0 < peak.ratio < 1.1
 
 
 @pytest.mark.multi_gpu

@@ -58,6 +58,14 @@ def test_the_report_counts_what_was_trained_on(finished: Path) -> None:
         assert all(rung in (finished / "runs" / "tiny" / name).read_text() for rung in RUNGS)
 
 
+def test_the_report_shows_what_each_stage_held(finished: Path) -> None:
+    memory = json.loads((finished / "runs" / "tiny" / "report.json").read_text())["memory"]
+    assert [peak["stage"] for peak in memory] == ["tune", "teach", "train.labels_only", "train.step_by_step_soft"]
+    assert all((peak["device"], peak["processes"], peak["planned_bytes"]) == ("cpu", 1, None) for peak in memory)
+    # Python with torch, DeepSpeed and transformers takes hundreds of megabytes, these models next to none.
+    assert all(2e8 < peak["measured_bytes"] < 3e9 for peak in memory)
+
+
 def test_the_same_command_again_skips_every_stage(folder: Path, start: Start) -> None:
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*/artifact.json")}
     output = output_of(start(folder, "run", "tiny.yaml"))

@@ -36,7 +36,7 @@ def report(target: str, config: dict[str, Any], **made: Any) -> tuple[Report, Ru
     file = dataclasses.replace(file, bits_a_parameter=8.51, bits_a_weight=8.5, error_nats=0.059, types={"Q8_0": 3, "F32": 2}, **made)
     rungs = [rung("step_by_step", 110), rung(target, 100), rung("ctranslate2-int8", 99)]
     deployed = {target: file, "ctranslate2-int8": file}
-    found = Report("mine", "runs/mine", [], [], rungs, [], 1.0, [], None, {}, {}, deployed, [], [], config, {"started": "2026-11-23"})
+    found = Report("mine", "runs/mine", [], [], rungs, [], 1.0, [], None, {}, {}, deployed, [], [], [], config, {"started": "2026-11-23"})
     return found, rungs[1]
 
 

@@ -19,7 +19,7 @@ from data.records import TeacherRecord
 from data.store import shard_path, write_shard
 from launch import plots, samples
 from launch import report_html as words
-from launch.ladder import Paired, Report, ReportInputs, StageCost, _unquantized, build, compare
+from launch.ladder import Paired, Report, ReportInputs, StageCost, StagePeak, _unquantized, build, compare
 from launch.report import page, terminal_table, write
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 
@@ -116,6 +116,11 @@ def tiny_run(tmp_path: Path) -> ReportInputs:
         config={"name": "tiny", "student": {"learning_rate": 0.001}},
         provenance={"command": ["stepdown", "run", "my config.yaml"], "commit": "0f3a9c1", "versions": {"torch": "2.13.0"}},
         test_file=test_file,
+        memory=[
+            StagePeak("teach", "NVIDIA H200", 2, "tensor over 2, bf16, 64 requests at once", 12_500_000_000, 11_000_000_000, 0.88),
+            StagePeak("recover.gguf-q4_0", "NVIDIA H200", 2, "", None, 9_000_000_000, None),
+            StagePeak("train.step_by_step", "cpu", 1, "", None, 612_000_000, None),
+        ],
     )
 
 
@@ -332,6 +337,10 @@ def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:
         ["train", "0.90 MB", "ran", "2", "1 min 40 s"],
         ["ctranslate2-int8", "ctranslate2", "0.24 MB", "0.30 MB", "27.0 %", "8.50", "8.25", "0.012", "20.0 %", "2 matrices"],
         ["ctranslate2-int8", "cpu", "0.5 s", "12.3 ms", "-"],
+        ["Stage", "Device", "Layout", "Processes", "Planned", "Measured", "Of the plan"],
+        ["teach", "NVIDIA H200", "tensor over 2, bf16, 64 requests at once", "2", "12.5 GB", "11.0 GB", "88.0 %"],
+        ["recover.gguf-q4_0", "NVIDIA H200", "-", "2", "-", "9.00 GB", "-"],
+        ["train.step_by_step", "cpu", "-", "1", "-", "612 MB", "-"],
         ["versions.torch", "2.13.0"],
         ["How many is <b>0</b>?", "0", *[f"✓ {SCRIPT}"] * 5],
         ["How many is <b>7</b>?", "7", "✓ -", *["✗ -"] * 4],
@@ -339,6 +348,19 @@ def test_tables_of_teacher_training_and_costs(tiny: Written) -> None:
         assert row in cells
     assert "The stages that ran this time took 2 min 05 s." in markdown
     assert "stepdown run 'my config.yaml'" in markdown
+
+
+def test_what_was_planned_and_what_not_is_said_of_the_devices_that_there_were(inputs: ReportInputs, tmp_path: Path) -> None:
+    of_gpus = "counts for the layout that ran, every sequence as long as the configuration lets it be; measured is the most that torch"
+    of_cpus = "On a CPU there is none to compare: measured is all that the process held, Python and its libraries included."
+    for n, (kept, told) in enumerate(
+        [(inputs.memory, (True, True)), (inputs.memory[:2], (True, False)), (inputs.memory[2:], (False, True))]
+    ):
+        values, markdown, _ = written(build(dataclasses.replace(inputs, memory=kept)), tmp_path / str(n))
+        assert (of_gpus in markdown, of_cpus in markdown) == told
+        assert [peak["measured_bytes"] for peak in values["memory"]] == [peak.measured_bytes for peak in kept]
+    _, markdown, _ = written(build(dataclasses.replace(inputs, memory=[])), tmp_path / "none")
+    assert "## Memory" not in markdown
 
 
 def test_what_is_shipped_stands_first(inputs: ReportInputs, tmp_path: Path) -> None:
