@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -115,7 +115,7 @@ class Tracker:
             mode = wandb_mode(config)
             self._identify(key, mode)
             if mode != "disabled":
-                who = _Identity(folder, config, mode, self.id, group, job_type, node, lambda: self._note(mode="offline"))
+                who = _Identity(folder, config, mode, self.id, group, job_type, node, self._fell_back)
                 self._remote = Background(lambda: _Run.start(who, settings, kept), self._lost)
 
     def _kept(self, from_step: int) -> list[dict[str, Any]]:
@@ -138,6 +138,10 @@ class Tracker:
         with self._lock:  # W&B's thread notes, too
             self._noted |= values
             write_json(self._about, self._noted)
+
+    def _fell_back(self, run_id: str) -> None:
+        self.id = run_id
+        self._note(id=run_id, mode="offline")
 
     @contextmanager
     def _clocked(self) -> Iterator[None]:
@@ -285,8 +289,14 @@ class _Identity:
     group: str
     job_type: str
     node: int
-    fell_back: Callable[[], None]
-    """Hears that a run that should be online is not."""
+    fell_back: Callable[[str], None]
+    """Hears that a run that should be online is not, and the id that it has offline."""
+    refused: bool = False
+    """By W&B's server."""
+
+    def renamed(self) -> _Identity:
+        """The same with another id: W&B's process keeps that of a run which its server refused (wandb 0.31), so that it is in use."""
+        return replace(self, refused=True, id="-".join(part for part in (self.id.rpartition("-")[0], secrets.token_hex(4)) if part))
 
 
 class _Run:
@@ -301,7 +311,10 @@ class _Run:
     def start(cls, who: _Identity, settings: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> Self:
         """Opens the run and sends what its earlier starts logged and did not bring there."""
         earlier = _Earlier.read(who.folder, who.id)
-        run = cls(_open(who, settings), earlier, _mark(who.folder, who.id))
+        opened, now = _open(who, settings)
+        if now.refused:  # what earlier starts of the refused run wrote is not in this one
+            earlier = _Earlier(frozenset(), frozenset(), frozenset())
+        run = cls(opened, earlier, _mark(now.folder, now.id))
         for step, values in by_step(kept).items():
             run.log(step, values)
         return run
@@ -375,21 +388,22 @@ def read_run(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _open(who: _Identity, settings: Mapping[str, Any]) -> Any:
-    """An online run where W&B answers, else one in files."""
+def _open(who: _Identity, settings: Mapping[str, Any]) -> tuple[Any, _Identity]:
+    """An online run where W&B answers and takes it, else one in files; and which it is."""
     if who.mode == "online":
         if not _is_reachable(_address()):
             _fall_back(who, f"{_address()} does not answer within {_PROBE_SECONDS:g} s")
         else:
             try:
-                return _init(who, settings, "online")
-            except Exception as error:  # not logged in, an expired key, a project that is not yours
+                return _init(who, settings, "online"), who
+            except Exception as error:  # not logged in, a key that is refused, a project that is not yours
+                who = who.renamed()
                 _fall_back(who, str(error).partition("\n")[0].rstrip("."))
-    return _init(who, settings, "offline")
+    return _init(who, settings, "offline"), who
 
 
 def _fall_back(who: _Identity, why: str) -> None:
-    who.fell_back()
+    who.fell_back(who.id)
     if why in _TOLD:  # once a process: its stages follow one another
         return
     _TOLD.add(why)
@@ -406,7 +420,7 @@ def _init(who: _Identity, settings: Mapping[str, Any], mode: Mode) -> Any:
     import wandb
 
     # An agent's sweep judges a pipeline by its last stage; the others are runs beside it.
-    in_sweep = who.job_type == "evaluate" and os.environ.get("WANDB_SWEEP_ID")
+    in_sweep = who.job_type == "evaluate" and not who.refused and os.environ.get("WANDB_SWEEP_ID")
     sweep = {} if in_sweep else {"sweep_id": None, "sweep_param_path": None}
     return wandb.init(
         project=who.config.project,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from train.tracking import (
     Tracker,
     _is_reachable,
     by_step,
+    is_shown,
     read_log,
     read_run,
     wandb_mode,
@@ -378,6 +380,56 @@ def test_who_is_not_logged_in_gets_an_offline_run_and_the_way_to_log_in(tmp_path
         "Weights & Biases: No API key configured. Use `wandb login` to log in; train is written offline, as is what follows while this "
         f"lasts: `wandb sync {tmp_path}/run/wandb/offline-run-*` brings it in later\n"
     )
+
+
+class RefusesTheKey(Accepts):
+    """Knows W&B's way of asking, and nobody's key; or takes the key, and shows it no project."""
+
+    status: int
+    answer: dict[str, Any]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = json.dumps(self.answer).encode()
+        self.send_response(self.status if self.path == "/graphql" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "why"),
+    [
+        (401, {"errors": [{"message": "user is not logged in"}]}, r"returned error 401: .*user is not logged in"),
+        (403, {"errors": [{"message": "permission denied"}]}, r"returned error 403: .*permission denied"),
+        (200, {"data": None, "errors": [{"message": "permission denied", "path": ["model"]}]}, r"input: model permission denied"),
+    ],
+)
+@pytest.mark.usefixtures("_no_key")
+def test_a_key_that_the_server_refuses_leaves_the_stage_whole_in_an_offline_run(
+    status: int, answer: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with open_tracker(run, TrackingConfig(wandb="disabled")) as earlier:
+        earlier.log(0, {"loss": 1.0})
+    handler = type("Handler", (RefusesTheKey,), {"status": status, "answer": answer})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "k" * 40}
+        command = [sys.executable, "-c", NOT_LOGGED_IN, str(run)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True, timeout=120
+        )
+        server.shutdown()
+    [told] = [line for line in done.stderr.splitlines() if line.startswith("Weights & Biases")]
+    offline = f"train is written offline, as is what follows while this lasts: `wandb sync {run}/wandb/offline-run-*` brings it in later"
+    assert re.fullmatch(rf"Weights & Biases: .*{why}.*; {re.escape(offline)}", told), told
+    noted = json.loads((run / TRACKING_FILE).read_text())
+    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    assert (noted["mode"], file.name) == ("offline", f"run-{noted['id']}.wandb") and noted["id"] != earlier.id
+    rows = [line["history"]["item"] for line in read_run(file) if line["type"] == "history"]
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 1.0), (1, 0.5)], "what was logged before it, too"
+    assert is_shown(run), "all of it is there to be brought in"
 
 
 def test_any_answer_counts(silent: str, refusing: str) -> None:
