@@ -23,9 +23,11 @@ from launch.config import Config
 from launch.hardware import cpu_count, detect
 from launch.parameters import family_of
 from launch.pipeline import ARTIFACT_OF, KINDS, TASK, TEACH, TEACHER, TUNE, Stage, deployed_from, made_by, stages, task_stage
-from launch.preflight import check_fits, check_models
+from launch.preflight import check_fits, check_models, check_recorded
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
+from launch.sizes import shape_here
 from launch.torchrun import Rendezvous, torchrun
+from launch.widths import check_widths
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
@@ -76,9 +78,10 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         if not any(stage.kind == until for stage in table.values()):
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
-        check_targets(config, wanted)
         kinds = {s.kind for s in wanted if s.place == "worker" and not s.is_done}
         check_models(config, kinds)
+        check_recorded(config, kinds, table[TASK].folder)
+        check_targets(config, wanted)
         check_fits(config, kinds)
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
         missing = [s for s in wanted if s.place == "worker" and not s.is_done]
@@ -99,8 +102,10 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
 
 
 def check_targets(config: Config, wanted: Sequence[Stage]) -> None:
-    """Before a student is trained for hours, that its files can be made: of its family, as far as that is known, and here."""
-    family = family_of(config.student.model, config.teacher.model)
+    """Before a student is trained for hours, that its files can be made: of its family and sizes, as far as they are known, and here."""
+    shape, prune = shape_here(config.student.model, config.teacher.model), config.student.prune
+    family = shape.family if shape is not None else family_of(config.student.model, config.teacher.model)
+    keeps_sizes = prune is None or prune.makes_zeros
     for stage in wanted:
         target = target_of(stage.detail) if stage.kind == "deploy" and not stage.is_done else None
         if target is None:
@@ -109,6 +114,8 @@ def check_targets(config: Config, wanted: Sequence[Stage]) -> None:
             check_installed(target)
         else:
             check_possible(target, family)
+        if shape is not None and keeps_sizes:
+            check_widths(target, shape)
 
 
 def check_all_made(finished: Sequence[Finished]) -> None:

@@ -1,28 +1,61 @@
-"""What can be told before hours are spent: models that are not where they should be, or do not fit the GPUs here. Imports no torch."""
+"""What can be told before hours are spent: models that are not there or do not fit, rows that lack a teacher's words. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
+from data.tasks import read_task
 from launch.config import Config
 from launch.hardware import detect, memory_bytes
+from launch.hub import check_hub
 from launch.plan import gigabytes, hosts_hold
 from launch.planning import Devices, TrainingPart, plan_run
+from train.config import CutModel, ModelSource, ScratchModel
 from train.places import locate
+from train.teacher.recorded import check_fields
 
 
 def check_models(config: Config, kinds: Collection[str]) -> None:
-    """That the models which stages of these kinds read are there, as far as their names tell; asks no network.
+    """That the models which stages of these kinds read are there: the hub is asked for those that are neither here nor in its cache.
 
     Raises:
-        ValueError: if a path leads nowhere.
-        RuntimeError: if a package that is needed is not installed.
+        ValueError: if a path leads nowhere, or the hub does not give a model.
+        RuntimeError: if a package that is needed is not installed, or the hub cannot be asked.
     """
-    teacher, student = config.teacher, config.student.model
-    if {"tune", "teach"} & set(kinds) and teacher.source in ("deepspeed", "vllm") and isinstance(teacher.model, str):
-        locate(teacher.model, "teacher.model")
-    if "train" in kinds and isinstance(student, str):
-        locate(student, "student.model")
+    teacher, student = config.teacher, config.student
+    runs_here = teacher.source in ("deepspeed", "vllm") and bool({"tune", "teach"} & set(kinds))
+    # A student may be made of its teacher, which lies in a folder of the run where it was tuned.
+    is_source = "train" in kinds and teacher.tune is None and isinstance(student.model, CutModel)
+    if runs_here or is_source:
+        _check_model(teacher.model, "teacher.model")
+    if "train" in kinds:
+        _check_model(student.model, "student.model")
+
+
+def _check_model(source: ModelSource | None, key: str) -> None:
+    if isinstance(source, str):
+        check_hub(locate(source, key), key)
+    elif isinstance(source, ScratchModel) and source.tokenizer is not None:
+        key = f"{key}.tokenizer"
+        check_hub(locate(source.tokenizer, key), key, is_tokenizer=True)
+
+
+def check_recorded(config: Config, kinds: Collection[str], task_folder: Path) -> None:
+    """That every row has what a recorded teacher's templates name, where its records are still to be made.
+
+    Args:
+        config: of the run.
+        kinds: of the stages that are to run.
+        task_folder: of the task's canonical rows.
+
+    Raises:
+        ValueError: if a template is malformed, or names a field that a row lacks.
+    """
+    if "teach" in kinds and config.teacher.source == "recorded":
+        task = read_task(task_folder)
+        for examples in (task.train, task.test):
+            check_fields(config.teacher, examples, config.task.choices_field)
 
 
 def check_fits(config: Config, kinds: Collection[str]) -> None:

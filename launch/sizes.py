@@ -55,6 +55,21 @@ def sized(model: ModelSource | None, teacher: ModelSource | None, key: str) -> S
     return Sized(architecture_of(config))
 
 
+def shape_here(model: ModelSource, teacher: ModelSource | None) -> Architecture | None:
+    """The shape of a model as far as this machine tells: of a hub id only what its cache holds. Arguments as `sized`."""
+    source = teacher if isinstance(model, CutModel) else model
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not Path(source).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source, CONFIG)
+        if not isinstance(cached, str):
+            return None
+        source = str(Path(cached).parent)
+    named = model if isinstance(model, CutModel) else source
+    config = None if named is None else config_of(named, vocabulary=_VOCABULARY, teacher=source)
+    return architecture_of(config) if config is not None and is_known(config) else None
+
+
 def shape_of(model: str | None, params: str | None) -> tuple[str, Architecture]:
     """A model by itself, and what it is called. Arguments and errors as `size_of`."""
     name, config = _named(model, params)

@@ -20,7 +20,8 @@ from launch.chain import Job, chain, missing_jobs
 from launch.cluster import SiteConfig, load_site
 from launch.config import RESOLVED, Config, dump_config
 from launch.local import check_targets, made, prepare_task
-from launch.pipeline import stages
+from launch.pipeline import TASK, stages
+from launch.preflight import check_recorded
 from launch.queueing import ask, has_slurm, queued
 from launch.rundir import command_line, locked, open_run, run_folder, write_stages, writing
 from launch.slurm import TEMPLATE, job_command, job_request, log_pattern, options, processes_of, script, submission
@@ -74,6 +75,7 @@ def submit(config: Config, console: Console, *, site: Path | None = None, dry_ru
         write_stages(folder, {name: stage.folder for name, stage in table.items()})
         if not cluster.is_contained:
             check_targets(config, [stage for stage in table.values() if stage.place != "here"])
+        check_recorded(config, {stage.kind for stage in table.values() if not stage.is_done}, table[TASK].folder)
         jobs = missing_jobs(config, table, task.artifact.rows)
         if not jobs:
             _tell(console, f"every stage is done: `stepdown report {shlex.quote(str(folder))}` shows the ladder")

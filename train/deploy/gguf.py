@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data.prompts import FORMAT_FILE, TextFormat
 from train.deploy.ggml import quantize
-from train.deploy.targets import GGUF_FILE, TOKENIZER, Sample, Stored, Target
+from train.deploy.targets import GGUF_FILE, TOKENIZER, Sample, Stored, Target, fallback_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,13 +32,6 @@ _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3
 """Of transformers' model types, the architectures whose tensors map one to one."""
 _HEAD = "Q8_0"
 """Of embeddings and head, where a target has fewer bits: they are read once a token, and a tied one is both."""
-_FALLBACK = {
-    **dict.fromkeys(("TQ2_0", "TQ1_0", "Q1_0", "Q2_K", "Q3_K"), "Q4_0"),
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}
-"""Where a row is no multiple of the block; any other type falls back to F16."""
 _PRE_TOKENIZERS = {
     "smollm": ("Digits", "ByteLevel"),
     "gpt-2": ("ByteLevel",),
@@ -137,7 +130,7 @@ def type_of(name: str, shape: Sequence[int], type: str) -> str:
     if name.startswith(("token_embd", "output")) and type != "F16" and _bits(type) < _bits(_HEAD):
         type = _HEAD
     while type != "F16" and shape[-1] % _block(type):
-        type = _FALLBACK.get(type, "F16")
+        type = fallback_of(type)
     return type
 
 

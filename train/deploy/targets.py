@@ -36,6 +36,36 @@ SLACK_BITS = 0.7
 """Bits a weight of the quantized matrices that scales, zero points and padding may add to what a target's name says."""
 
 
+BLOCKS: dict[str, tuple[int, float]] = {
+    "F16": (1, 16.0),
+    "Q8_0": (32, 8.5),
+    "Q5_1": (32, 6.0),
+    "Q5_0": (32, 5.5),
+    "Q4_0": (32, 4.5),
+    "Q6_K": (256, 6.5625),
+    "Q5_K": (256, 5.5),
+    "Q4_K": (256, 4.5),
+    "Q3_K": (256, 3.4375),
+    "Q2_K": (256, 2.625),
+    "TQ2_0": (256, 2.0625),
+    "TQ1_0": (256, 1.6875),
+    "Q1_0": (128, 1.125),
+}
+"""Of gguf's types: weights of a row that a block holds, and bits a weight with the block's scales. Source: the package gguf, which a
+login node need not have."""
+_FALLBACKS = {
+    **dict.fromkeys(("TQ2_0", "TQ1_0", "Q1_0", "Q2_K", "Q3_K"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+
+
+def fallback_of(type: str) -> str:
+    """What gguf stores a matrix as whose rows are no multiple of this type's block."""
+    return _FALLBACKS.get(type, "F16")
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One kind of file."""

@@ -30,6 +30,18 @@ def records(
         yield record_of(example, split, metric, text=rationale, rationale=rationale.strip(), label=label if label.strip() else None)
 
 
+def check_fields(config: TeacherConfig, examples: Iterable[TaskExample], choices_field: str | None) -> None:
+    """That each example's row has what the templates name.
+
+    Raises:
+        ValueError: as `records`, for the first row that does not.
+    """
+    for key, template in (("teacher.label", config.label), ("teacher.rationale", config.rationale)):
+        assert template is not None, "the configuration refuses a recorded teacher without them"
+        for example in examples:
+            _filled(key, template, example, choices_field)
+
+
 def record_of(
     example: TaskExample, split: str, metric: Metric, *, text: str, rationale: str, label: str | None, generated_tokens: int = 0
 ) -> TeacherRecord:
