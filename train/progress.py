@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
 from typing import ClassVar, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 _QUIET_SECONDS = 5.0
 """Where there is no terminal, lines are at least this far apart: work of a few seconds needs none."""
@@ -23,7 +25,17 @@ class StageProgress:
     _shown: ClassVar[StageProgress | None] = None
     """The one that this process is inside of."""
 
-    def __init__(self, title: str, total: int, unit: str, *, enabled: bool = True) -> None:
+    def __init__(self, title: str, total: int, unit: str, *, enabled: bool = True, most_seconds: float = math.inf) -> None:
+        """Opens it.
+
+        Args:
+            title: of the work.
+            total: units of it.
+            unit: in the plural.
+            enabled: show it.
+            most_seconds: after which the work ends, done or not.
+        """
+        self._most_seconds = most_seconds
         self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
         self.done = 0
         self._console = Console(file=sys.stderr)
@@ -45,12 +57,12 @@ class StageProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
+                _TimeLeft(),
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, console=self._console)
             self._bar.start()
-            self._task = self._bar.add_task(f"{self.title} ({self.unit})", total=self.total, note="", left="")
+            self._task = self._bar.add_task(f"{self.title} ({self.unit})", total=self.total, note="", ends=None)
         return self
 
     def advance(self, amount: int = 1, note: str = "") -> None:
@@ -64,7 +76,8 @@ class StageProgress:
         seconds = self._left()
         left = "" if seconds is None else f"{clock(seconds)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note, left=left)
+            ends = None if seconds is None else time.monotonic() + seconds
+            self._bar.update(self._task, completed=self.done, note=note, ends=ends)
         elif self.total and before * 10 // self.total != self.done * 10 // self.total and time.monotonic() - self._told > _QUIET_SECONDS:
             self._told = time.monotonic()
             spent = f"{self._told - self._started:.0f} s{f', {left}' if left else ''}"
@@ -79,7 +92,7 @@ class StageProgress:
         done, since = self._measured
         if self.done == done or self.done >= self.total:
             return None
-        return (now - since) / (self.done - done) * (self.total - self.done)
+        return min((now - since) / (self.done - done) * (self.total - self.done), self._most_seconds - (now - self._started))
 
     def tell(self, note: str) -> None:
         """Changes the note on a terminal."""
@@ -93,7 +106,16 @@ class StageProgress:
             self._bar.stop()
 
 
+class _TimeLeft(ProgressColumn):
+    """Counts down between two units of work, which may be far apart."""
+
+    def render(self, task: Task) -> Text:
+        """The words at this moment."""
+        ends = task.fields["ends"]
+        return Text("" if ends is None else f"{clock(max(0.0, ends - time.monotonic()))} left")
+
+
 def clock(seconds: float) -> str:
-    """A time in whole units: 89 s, 10 min, 2 h 47 min."""
+    """A time in whole units, to a quarter or better from two seconds on: 119 s, 10 min, 2 h 47 min."""
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

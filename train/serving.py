@@ -79,10 +79,11 @@ def measure(runtime: Runtime, inputs: Sequence[str], part: Part, *, max_new_toke
         load_seconds: what `load` took.
         title: of the progress line.
     """
-    with StageProgress(title, len(inputs) * len(TIMED_BATCH_SIZES), "items") as progress:
-        rates = {}
-        for size in TIMED_BATCH_SIZES:
-            answer = partial(answers, runtime, part=part, batch_size=size, max_new_tokens=max_new_tokens)
+    rates = {}
+    for size in TIMED_BATCH_SIZES:
+        answer = partial(answers, runtime, part=part, batch_size=size, max_new_tokens=max_new_tokens)
+        # A line each: what one size takes tells nothing of the other.
+        with StageProgress(f"{title}, batch {size}", len(inputs), "items", most_seconds=TIMED_SECONDS) as progress:
             rates[str(size)] = _rate(answer, inputs, size, progress)
     prompts = [runtime.format.prompt_ids(part, text, runtime.encode)[0] for text in inputs[:TIMED_PROMPTS]]
     latency = _latency(runtime, prompts, max_new_tokens)

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from train.background import Background, answers
 from train.config import TrackingConfig
@@ -668,6 +670,41 @@ def test_progress_on_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch
     assert "loss 0.5" in text
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (10_000, "2 h 47 min")])
+def test_the_time_left_counts_down_between_two_units_of_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    now = [0.0]
+    monkeypatch.setattr("train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StageProgress("teach", 4, "shards") as progress:
+        for now[0] in (10.0, 20.0):
+            progress.advance(1)
+        assert progress._bar is not None
+        for now[0] in (20.0, 25.0, 45.0):  # two more of 10 s; the last one takes longer
+            progress._bar.refresh()
+    text = capsys.readouterr().err
+    assert text.index("20 s left") < text.index("15 s left") < text.rindex(" 0 s left")
+
+
+@pytest.mark.usefixtures("no_quiet")
+def test_work_that_ends_by_the_clock_has_no_more_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr("train.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StageProgress("teacher: timing", 10, "items", most_seconds=20) as progress:
+        for now[0] in (3.0, 6.0, 9.0):
+            progress.advance(1)
+    told = [line.split(", ")[-1] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["3 s", "14 s left", "11 s left"], "3 s an item would be 24 and 21"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(5, "5 s"), (89, "89 s"), (119, "119 s"), (120, "2 min"), (600, "10 min"), (10_000, "2 h 47 min")]
+)
 def test_time_left_in_words(seconds: float, told: str) -> None:
     assert clock(seconds) == told
+
+
+@given(st.floats(2, 10**6))
+def test_the_words_are_within_a_quarter_of_the_time(seconds: float) -> None:
+    words = clock(seconds).split()
+    told = sum(float(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
+    assert abs(told - seconds) <= 0.25 * seconds
