@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from data.prompts import TextFormat
 from data.tasks import prepare
+from launch.changes import Earlier, told_changes
 from launch.config import Config
 from launch.hardware import cpu_count, detect
 from launch.parameters import family_of
@@ -69,6 +70,7 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
     folder = run_folder(config)
     finished: list[Finished] = []
     with locked(folder), writing(folder):
+        earlier = Earlier.read(folder)
         # Not before the lock: the workers of a run that is going on read the configuration from there.
         open_run(config, command_line())
         finished.append(prepare_task(config))
@@ -78,6 +80,9 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         if not any(stage.kind == until for stage in table.values()):
             raise ValueError(f"there is no stage {until} in this configuration: teacher.tune is missing; add it, or run another stage")
         wanted = [s for s in table.values() if s.kind in KINDS[1 : KINDS.index(until) + 1]]
+        kept = [s for s in wanted if s.is_done]
+        if line := told_changes(earlier, config, [table[TASK], *wanted], [table[TASK], *kept] if finished[0].skipped else kept):
+            console.print(escape(line), highlight=False, soft_wrap=True)
         kinds = {s.kind for s in wanted if s.place == "worker" and not s.is_done}
         check_models(config, kinds)
         check_recorded(config, kinds, table[TASK].folder)
@@ -85,7 +90,7 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
         check_fits(config, kinds)
         # One worker start serves all its stages: an import of torch, DeepSpeed and transformers takes longer than a small stage.
         missing = [s for s in wanted if s.place == "worker" and not s.is_done]
-        before = {s.name for s in wanted if s.is_done}
+        before = {s.name for s in kept}
         if missing and config.launch.nodes > 1:
             _tell_nodes(folder, config, [s.name for s in missing], console)
         if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.tasks import read_task
@@ -27,6 +28,11 @@ def check_models(config: Config, kinds: Collection[str]) -> None:
     runs_here = teacher.source in ("deepspeed", "vllm") and bool({"tune", "teach"} & set(kinds))
     # A student may be made of its teacher, which lies in a folder of the run where it was tuned.
     is_source = "train" in kinds and teacher.tune is None and isinstance(student.model, CutModel)
+    if "teach" in kinds and teacher.source == "vllm" and find_spec("vllm") is None:
+        raise RuntimeError(
+            "teacher.source is vllm, but the package vllm is not installed: pip install vllm, in an environment of its own if it asks for "
+            "another torch; or serve the model with `vllm serve` and set source to endpoint"
+        )
     if runs_here or is_source:
         _check_model(teacher.model, "teacher.model")
     if "train" in kinds:

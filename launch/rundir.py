@@ -30,6 +30,7 @@ from train.artifacts import ARTIFACT, write_json
 
 SHARED = "shared"
 STAGES_FILE = "stages.json"
+VALUES_FILE = "resolved.json"
 _LIBRARIES = ("stepdown", "torch", "deepspeed", "transformers", "tokenizers", "ctranslate2", "datasets", "pyarrow", "wandb", "numpy")
 
 
@@ -47,7 +48,7 @@ def open_run(config: Config, command: Sequence[str]) -> Path:
     folder = run_folder(config)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "resolved.json", config.model_dump(mode="json"))
+        write_json(folder / VALUES_FILE, config.model_dump(mode="json"))
         write_json(folder / "provenance.json", provenance(command))
         temporary = folder / f".{RESOLVED}"
         temporary.write_text(dump_config(config))

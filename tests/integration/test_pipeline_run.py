@@ -90,6 +90,16 @@ def test_a_changed_key_reruns_from_the_stage_it_touches_and_another_run_shares_t
     assert "McNemar" in compared
 
 
+def test_what_a_changed_key_keeps_and_begins_anew_is_told(folder: Path, start: Start) -> None:
+    output = output_of(start(folder, "train", "tiny.yaml", "student.learning_rate=1e-3"))
+    assert [line for line in output.splitlines() if "changed since" in line] == [
+        "changed since the last run here: student.learning_rate 0.0005 -> 0.001. Runs anew: train.*; kept: task, tune, teach. "
+        "Nothing made before is deleted."
+    ]
+    again = output_of(start(folder, "train", "tiny.yaml", "student.learning_rate=1e-3"))
+    assert "changed since" not in again and again.count("(done before)") == 5
+
+
 def test_predict_answers_with_the_deployed_model(folder: Path, start: Start) -> None:
     question = next(iter((read_stages(folder / "runs" / "tiny")["task"] / "test.jsonl").read_text().splitlines()))
     answers = (read_stages(folder / "runs" / "tiny")["evaluate.ctranslate2-int8"] / "answers.jsonl").read_text().splitlines()

@@ -138,6 +138,19 @@ def test_the_hub_is_asked_for_what_the_stages_that_run_read(monkeypatch: pytest.
         assert asked == expected
 
 
+def test_an_engine_that_is_not_installed_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "check_hub", lambda *_, **__: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    made = config({"source": "vllm", "model": "org/teacher"})
+    check_models(made, ("train",))
+    told = (
+        "teacher.source is vllm, but the package vllm is not installed: pip install vllm, in an environment of its own if it asks for "
+        "another torch; or serve the model with `vllm serve` and set source to endpoint"
+    )
+    with pytest.raises(RuntimeError, match=rf"\A{re.escape(told)}\Z"):
+        check_models(made, ALL)
+
+
 # ----- what a recorded teacher said -----
 
 
