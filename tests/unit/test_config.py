@@ -331,7 +331,10 @@ def test_a_single_task_student_has_a_use_for_rationales_to_keep() -> None:
             "student.model: cut_from cuts nothing: give layers, neurons or heads, or name the teacher's model",
         ),
         ({"deploy": None}, "deploy: is None; keys with values belong here: license, recover, targets, vocabulary"),
-        ({"deploy": "ctranslate2-int8"}, "deploy: is 'ctranslate2-int8'; keys with values belong here: license, recover, targets, vocabulary"),
+        (
+            {"deploy": "ctranslate2-int8"},
+            "deploy: is 'ctranslate2-int8'; keys with values belong here: license, recover, targets, vocabulary",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_told(changes: dict[str, Any], expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,22 @@ def test_what_is_noted_is_the_most_of_any_process(tmp_path: Path, monkeypatch: p
     with measuring(tmp_path, World(0, 3, torch.device("cpu"))):
         pass
     assert PeakMemory.read(tmp_path) == PeakMemory("cpu", None, 3, 7 * 10**12)
+
+
+def test_on_a_gpu_it_is_what_torch_allocated_since_the_stage_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, device = [9 * 10**9], torch.device("cuda", 1)
+
+    def forget(of: torch.device) -> None:
+        assert of == device
+        peak[0] = 10**9
+
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", forget)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda of: peak[0] if of == device else 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda of: SimpleNamespace(name=GPU, total_memory=GPU_BYTES))
+    monkeypatch.setattr(World, "sum", lambda self, values: values)
+    with measuring(tmp_path, World(0, 1, device)):
+        peak[0] = max(peak[0], 5 * 10**9)
+    assert PeakMemory.read(tmp_path) == PeakMemory(GPU, GPU_BYTES, 1, 5 * 10**9)
 
 
 @pytest.mark.parametrize(("error", "noted"), [(Stopped("asked"), True), (RuntimeError("broken"), False)])

@@ -81,6 +81,14 @@ def test_what_a_narrow_student_can_become_is_let_pass() -> None:
     check_widths(TARGETS["onnx-int8"], t5)
 
 
+def test_the_bits_are_those_that_a_file_of_these_sizes_holds() -> None:
+    """tests/integration/test_quantize.py makes it: 3.96 bits a weight."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = architecture_of({"model_type": "llama", "vocab_size": 320, **sizes})
+    with pytest.raises(ValueError, match=r"3\.96 bits a weight in place of 2"):
+        check_widths(TARGETS["gguf-tq2_0"], model)
+
+
 def test_the_constants_are_those_of_the_code() -> None:
     import gguf
 
