@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from train.grids import Grid, matrices
+from train.grids import Leveled, matrices
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Token ids of a prompt and of what follows it."""
@@ -20,61 +20,66 @@ _DAMPING = 0.01
 
 
 @torch.no_grad()
-def put_on_grids_by(rows: Rows, model: PreTrainedModel, grids: Mapping[str, Grid]) -> None:
-    """Rounds these matrices in place, by GPTQ; what was 0 stays 0.
+def put_on_grids_by(rows: Rows, model: PreTrainedModel, grids: Mapping[str, Leveled]) -> dict[str, Tensor]:
+    """Rounds these matrices in place, by GPTQ; what was 0 stays as near to 0 as its levels are.
 
     Later matrices see what earlier ones have lost where the rows are read more than once.
 
     Args:
         rows: training rows; at least one.
         model: decoder-only or encoder-decoder, in fp32; computed with on the accelerator, where there is one, and given back on the CPU.
-        grids: by the name of a layer; of kind signed.
+        grids: by the name of a layer; a `Grid` of kind signed.
+
+    Returns:
+        `NAME.header` of each whose levels do not follow from its rounded weights: [rows, bytes] uint8, on the CPU.
     """
     layers = matrices(model)
+    headers: dict[str, Tensor] = {}
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     for names in _parts(grids, layers):
         with _second_moments({name: layers[name] for name in names}) as moments:
             for prompt, target in rows:
                 model(**inputs_of(prompt, target, model.config.is_encoder_decoder, model.device))
         for name in names:
-            layers[name].weight.copy_(rounded_by(moments[name], layers[name].weight, grids[name]))
+            chosen, header = rounded_by(moments[name], layers[name].weight, grids[name])
+            layers[name].weight.copy_(chosen)
+            if header is not None:
+                headers[f"{name}.header"] = header.cpu()
     model.to("cpu")
+    return headers
 
 
-def rounded_by(moments: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+def rounded_by(moments: Tensor, weight: Tensor, grid: Leveled) -> tuple[Tensor, Tensor | None]:
     """A matrix on its grid, column by column, each column's error made up for by those that come after it.
 
-    The largest weight of each group stays where its scale puts it, so that the scale follows from the rounded weights, too, and what was 0
-    stays 0.
+    A group's levels are found when its turn comes, for its weights with what they make up for. What was 0 is put on the level next to 0.
 
     Args:
         moments: [columns, columns] sum of x xᵀ over what the matrix is multiplied by.
         weight: [rows, columns] fp32.
-        grid: of kind signed; `grid.rounded` gives what is returned back.
+        grid: a `Grid` of kind signed gives by `rounded` what is returned back.
+
+    Returns:
+        The matrix, and [rows, bytes] the headers of its levels, group after group, where they have any.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1.
     """
-    assert grid.kind == "signed", grid
     weight, chosen, is_zero = weight.clone(), torch.empty_like(weight), weight == 0
-    upper = _factor(moments)
-    low, high = grid.ends
+    upper, headers = _factor(moments), []
     for first in range(0, weight.shape[1], grid.group):
         columns = slice(first, first + grid.group)
         group = weight[:, columns].clone()
-        largest = group.abs().masked_fill(is_zero[:, columns], 0.0).argmax(1, keepdim=True)
-        scale = (group.gather(1, largest) / low).to(grid.scale_type).float()
-        steps = torch.where(scale == 0, torch.ones_like(scale), scale)
+        levels = grid.levels(group.masked_fill(is_zero[:, columns], 0.0))
+        headers += [] if levels.header is None else [levels.header]
         errors = torch.zeros_like(group)
         for at in range(group.shape[1]):
             column = group[:, at : at + 1]
-            codes = torch.round(column / steps).clamp(low, high)
-            codes = torch.where(largest == at, torch.full_like(codes, low), codes)
-            codes.masked_fill_(is_zero[:, first + at : first + at + 1], 0.0)
-            chosen[:, first + at : first + at + 1] = codes * scale
-            errors[:, at : at + 1] = (column - codes * scale) / upper[first + at, first + at]
+            values = levels.nearest(column.masked_fill(is_zero[:, first + at : first + at + 1], 0.0), at)
+            chosen[:, first + at : first + at + 1] = values
+            errors[:, at : at + 1] = (column - values) / upper[first + at, first + at]
             group[:, at + 1 :] -= errors[:, at : at + 1] @ upper[first + at : first + at + 1, first + at + 1 : first + group.shape[1]]
         weight[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
-    return chosen
+    return chosen, torch.cat(headers, dim=1) if headers else None
 
 
 def _factor(moments: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ def _factor(moments: Tensor) -> Tensor:
     return upper
 
 
-def _parts(grids: Mapping[str, Grid], layers: Mapping[str, nn.Linear]) -> Iterator[list[str]]:
+def _parts(grids: Mapping[str, Leveled], layers: Mapping[str, nn.Linear]) -> Iterator[list[str]]:
     """Names in the order of the model, so many at a time that their second moments fit into memory."""
     part: list[str] = []
     held = 0

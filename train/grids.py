@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,41 @@ class Codes:
     """[rows, groups, 1] fp32, exact in the type that is stored; 0 of a group of zeros alone."""
     zero: Tensor
     """[rows, groups, 1] fp32, a whole number; 0 where a grid has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What the weights of a group of columns may become: offset + scale x code."""
+
+    scale: Tensor
+    """[rows, columns] fp32; 0 where all codes mean the same."""
+    offset: Tensor
+    """[rows, columns] fp32."""
+    ends: tuple[int, int]
+    """The lowest and the highest code."""
+    pinned: Tensor | None = None
+    """[rows, 1] the column whose code is the lowest, whatever its weight: the scale follows from it."""
+    header: Tensor | None = None
+    """[rows, bytes] uint8, what a file stores of scale and offset, where they do not follow from the rounded weights."""
+
+    def nearest(self, weight: Tensor, at: int) -> Tensor:
+        """Weights of column `at`, [rows, 1], on the nearest of their levels."""
+        scale, offset = self.scale[:, at : at + 1], self.offset[:, at : at + 1]
+        codes = torch.round((weight - offset) / torch.where(scale == 0, 1.0, scale)).clamp(*self.ends)
+        if self.pinned is not None:
+            codes.masked_fill_(self.pinned == at, self.ends[0])
+        return codes * scale + offset
+
+
+class Leveled(Protocol):
+    """How a matrix is stored, group by group of its columns."""
+
+    @property
+    def group(self) -> int:
+        """Columns whose levels are found together."""
+
+    def levels(self, weight: Tensor) -> Levels:
+        """Of the columns of one group: [rows, columns] fp32; where a weight is to stay 0 it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +106,17 @@ class Grid:
         found = self.codes(weight)
         values = (found.codes - found.zero) * found.scale
         return values.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+
+    def levels(self, weight: Tensor) -> Levels:
+        """What a group of columns may become, its largest weight staying where it is: `rounded` gives what is chosen back.
+
+        Args:
+            weight: [rows, columns], no more columns than a group has.
+        """
+        assert self.kind == "signed", self
+        largest = weight.abs().argmax(1, keepdim=True)
+        scale = (weight.gather(1, largest) / self.ends[0]).to(self.scale_type).float().expand_as(weight)
+        return Levels(scale, torch.zeros_like(weight), self.ends, pinned=largest)
 
     @property
     def ends(self) -> tuple[int, int]:

@@ -28,14 +28,16 @@ def test_the_second_weight_makes_up_for_the_first_ones_error() -> None:
     grid = Grid("signed", 4, 3)
     moments = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [2.0, 0.0, 4.0]]) + 1e-3 * torch.eye(3)
     weight = torch.tensor([[0.33, 0.8, 0.2]])
-    assert torch.allclose(rounded_by(1e6 * torch.eye(3), weight, grid), torch.tensor([[0.3, 0.8, 0.2]]), atol=1e-3)
-    assert torch.allclose(rounded_by(moments, weight + torch.tensor([[0.0, 0.0, 0.04]]), grid), torch.tensor([[0.3, 0.8, 0.3]]), atol=1e-3)
+    assert torch.allclose(rounded_by(1e6 * torch.eye(3), weight, grid)[0], torch.tensor([[0.3, 0.8, 0.2]]), atol=1e-3)
+    found, headers = rounded_by(moments, weight + torch.tensor([[0.0, 0.0, 0.04]]), grid)
+    assert torch.allclose(found, torch.tensor([[0.3, 0.8, 0.3]]), atol=1e-3)
+    assert headers is None
 
 
 @pytest.mark.parametrize("columns", [96, 80])
 def test_inputs_without_correlation_round_to_nearest(columns: int) -> None:
     weight = drawn(7, columns)
-    assert torch.equal(rounded_by(3.0 * torch.eye(columns), weight, GRID), GRID.rounded(weight))
+    assert torch.equal(rounded_by(3.0 * torch.eye(columns), weight, GRID)[0], GRID.rounded(weight))
 
 
 @pytest.mark.parametrize("bits", [4, 5])
@@ -45,7 +47,7 @@ def test_what_comes_out_stands_on_its_grid_and_zeros_stay(columns: int, bits: in
     weight[:, ::3] = 0.0
     weight[4, 32:64] = 0.0
     weight[5] = 0.0
-    found = rounded_by(fed.T @ fed, weight, grid)
+    found, _ = rounded_by(fed.T @ fed, weight, grid)
     assert torch.equal(grid.rounded(found), found)
     assert not found[weight == 0].any()
     assert found[weight != 0].count_nonzero() > 0.8 * (weight != 0).sum()
@@ -53,7 +55,7 @@ def test_what_comes_out_stands_on_its_grid_and_zeros_stay(columns: int, bits: in
 
 def test_outputs_change_less_than_by_rounding_to_nearest() -> None:
     fed, weight = correlated(256), drawn(64, 256)
-    found, nearest = rounded_by(fed.T @ fed, weight, GRID), GRID.rounded(weight)
+    found, nearest = rounded_by(fed.T @ fed, weight, GRID)[0], GRID.rounded(weight)
     lost, before = ((fed @ (weight - of).T).norm() for of in (found, nearest))
     assert lost < 0.6 * before
 
@@ -61,7 +63,7 @@ def test_outputs_change_less_than_by_rounding_to_nearest() -> None:
 def test_a_column_that_is_never_fed_is_rounded_to_nearest() -> None:
     fed, weight = correlated(64), drawn(5, 64)
     fed[:, 10] = 0.0
-    found = rounded_by(fed.T @ fed, weight, GRID)
+    found, _ = rounded_by(fed.T @ fed, weight, GRID)
     assert found.isfinite().all()
     assert torch.equal(GRID.rounded(found), found)
     assert torch.allclose(found[:, 10], GRID.rounded(weight)[:, 10], atol=0.3)
