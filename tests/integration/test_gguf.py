@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from data.prompts import TextFormat
 from train.deploy import ggml, gguf, stage
+from train.deploy.blocks import Blocks
 from train.deploy.ggml import quantize
 from train.deploy.llama_cpp import LlamaCppRuntime
 from train.deploy.targets import GGUF_FILE, TARGETS
 from train.grids import Grid, put_on_grids, write_scales
-from train.models import save_model
+from train.models import load_folder, save_model
 from train.runtimes import TransformersRuntime, model_bytes
 from train.tokenization import text_format, train_tokenizer
 
@@ -75,10 +76,10 @@ def made(folder: Path, target: str, model: PreTrainedModel, tokenizer: PreTraine
     return folder / target
 
 
-def error(folder: Path, model: PreTrainedModel, runtime: LlamaCppRuntime | None = None) -> float:
+def error(folder: Path, model: PreTrainedModel, runtime: LlamaCppRuntime | None = None, text: str = TEXTS[17]) -> float:
     """||logits - reference|| / ||reference|| of what follows a text, logits less their mean."""
     runtime = runtime or LlamaCppRuntime(folder, threads=1)
-    ids = runtime.encode(TEXTS[17])
+    ids = runtime.encode(text)
     prompt, target = ids[:20], ids[20:26]
     with torch.inference_mode():
         reference = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].double().numpy()
@@ -213,10 +214,66 @@ def test_few_bits_are_rounded_on_training_rows_unless_they_have_recovered(tmp_pa
     assert np.mean(first_matrix("recovered") == nearest) > 0.99  # gguf's own rounding, which takes the other side of a tie
 
 
+def calibrated(folder: Path, target: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[Path, PreTrainedModel]:
+    """The file, its matrices rounded on texts, and the model in fp32 that it should be."""
+    form = text_format(tokenizer, "decoder_only", max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
+    save_model(model, tokenizer, form, folder / "model")
+    encode = TransformersRuntime(folder / "model", device="cpu").encode
+    rows = [(ids[:-6], ids[-6:]) for ids in map(encode, TEXTS[::2])]
+    with stage._calibrated(TARGETS[target], folder / "model", folder, rows) as rounded:
+        gguf.make(rounded, folder / target, TARGETS[target], rows)
+        return folder / target, load_folder(rounded, dtype=torch.float32)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "types", "settings"),
+    [
+        ("llama", "gguf-q6_k", {"Q6_K"}, {}),
+        ("llama", "gguf-q5_1", {"Q5_1"}, {}),
+        ("llama", "gguf-q4_k_m", {"Q4_K", "Q6_K"}, {}),
+        ("llama", "gguf-q3_k_m", {"Q3_K", "Q4_K", "Q5_K"}, {}),
+        ("llama", "gguf-q2_k", {"Q2_K", "Q3_K"}, {}),
+        ("qwen2", "gguf-q4_k_m", {"Q4_K", "Q6_K"}, {"tie_word_embeddings": True}),
+        ("llama", "gguf-q4_k_m", {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}, {"hidden_size": 288}),
+    ],
+)
+def test_blocks_with_scales_of_their_own_are_rounded_on_training_rows(
+    kind: str, target: str, types: set[str], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_of("own")
+    model = model_of(kind, len(tokenizer) + 3, **settings)
+    folder, rounded = calibrated(tmp_path / "calibrated", target, model, tokenizer)
+    assert {tensor.type for tensor in gguf.stored(folder) if tensor.is_matrix} == types
+    # llama.cpp rounds its inputs, embedding and head to 8 bits, and nothing besides what was chosen.
+    assert error(folder, rounded) < 0.06
+    nearest = made(tmp_path / "nearest", target, model, tokenizer)
+    texts = TEXTS[1:60:6]
+    found, before = (
+        [error(of, model, runtime, text) for text in texts]
+        for of, runtime in ((f, LlamaCppRuntime(f, threads=1)) for f in (folder, nearest))
+    )
+    assert np.mean(found) < 0.7 * np.mean(before)
+
+
+def test_matrices_are_rounded_as_the_recipe_mixes_them() -> None:
+    model = model_of("llama", 400)
+    found = gguf.grids(model, TARGETS["gguf-q4_k_m"])
+    assert len(found) == 14
+    assert found["model.layers.1.mlp.down_proj"] == found["model.layers.1.self_attn.v_proj"] == Blocks("Q6_K")
+    assert found["model.layers.0.mlp.down_proj"] == found["model.layers.1.self_attn.q_proj"] == Blocks("Q4_K")
+    narrow = gguf.grids(model_of("llama", 400, hidden_size=288), TARGETS["gguf-q4_k_m"])
+    assert narrow["model.layers.0.mlp.up_proj"] == Grid("signed", 5, 32)
+    assert "model.layers.1.self_attn.v_proj" not in narrow, "it falls back to Q8_0"
+    with pytest.raises(ValueError, match=r"gguf-q4_k_m, but the student's type is gemma2: gguf takes llama, mistral, qwen2, qwen3"):
+        gguf.grids(model_of("gemma2", 400, head_dim=32), TARGETS["gguf-q4_k_m"])
+
+
 def test_a_library_without_quantizers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ggml._quantizer.cache_clear()
     monkeypatch.setattr(ggml.ctypes, "CDLL", lambda _: object())
-    with pytest.raises(ValueError, match=r"does not show llama.cpp's quantizers, which K-quants are made by: install xllamacpp"):
+    with pytest.raises(
+        ValueError, match=r"does not show llama.cpp's quantizers, which K-quants are made by, and gguf-q5_1 on training rows: install"
+    ):
         quantize(np.zeros((1, 256), np.float32), "Q4_K")
     ggml._quantizer.cache_clear()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.prompts import FORMAT_FILE, TextFormat
-from train.deploy.ggml import quantize
+from train.deploy.ggml import CODED, block_of, coded, quantize
 from train.deploy.targets import GGUF_FILE, TOKENIZER, Sample, Stored, Target, fallback_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from train.grids import Grid
+    from train.grids import Leveled
 
 Array = NDArray[Any]
 _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
@@ -49,31 +50,31 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         source: a model folder of this project.
         out: the folder to make.
         target: its type is one of llama.cpp's.
-        calibration: not read: these quantizers look at weights only, which may stand on a grid already (train/calibration.py).
+        calibration: not read: these quantizers look at weights only, which may stand on a grid already, with the headers of its blocks
+            beside the model (train/calibration.py).
 
     Raises:
         ValueError: if llama.cpp's form of such a model, or of its tokenizer, is not known here.
     """
     import torch
 
+    from train.grids import read_scales
     from train.models import load_folder
 
     del calibration
     model, tokenizer, form = load_folder(source, dtype=torch.float32)
     config = model.config
-    architecture = _ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        known = ", ".join(_ARCHITECTURES)
-        raise ValueError(f"deploy.targets holds {target.name}, but the student's type is {config.model_type}: gguf takes {known}")
+    architecture = _architecture(config, target)
     out.mkdir(parents=True)
     writer = gguf.GGUFWriter(out / GGUF_FILE, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
     _describe(writer, config, target)
     _add_vocabulary(writer, json.loads((source / TOKENIZER).read_text(encoding="utf-8")), form, _num_rows(model), target)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-    for name, values in _tensors(model, architecture):
+    for name, values, header in _tensors(model, architecture, read_scales(source)):
         kind = type_of(name, values.shape, mixed(name, target, config))
-        writer.add_tensor(name, _packed(values, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
+        packed = _packed(values, kind) if header is None else coded(values, header, kind)
+        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,14 +84,24 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
     (out / "Modelfile").write_text(modelfile(form), encoding="utf-8")
 
 
-def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
-    """How each matrix is rounded, by its name; those that fall back to a float are left out."""
+def grids(model: PreTrainedModel, target: Target) -> dict[str, Leveled]:
+    """How each matrix is rounded, by its name; those that fall back to 8 bits or a float are left out.
+
+    Raises:
+        ValueError: if llama.cpp's form of such a model is not known here.
+    """
+    from train.deploy.blocks import Blocks
     from train.grids import Grid, matrices
 
-    ternary = Grid("ternary", 2, _block("TQ2_0"))
-    signed = {type: Grid("signed", bits, _block(type)) for type, bits in (("Q5_0", 5), ("Q4_0", 4))}
-    known = {**signed, "TQ2_0": ternary, "TQ1_0": ternary, "Q1_0": Grid("binary", 1, _block("Q1_0"))}
-    types = {name: type_of(name, linear.weight.shape, target.type) for name, linear in matrices(model).items()}
+    config = model.config
+    place = _places(config, _architecture(config, target))
+    ternary = Grid("ternary", 2, block_of("TQ2_0"))
+    signed = {type: Grid("signed", bits, block_of(type)) for type, bits in (("Q5_0", 5), ("Q4_0", 4))}
+    known: dict[str, Leveled] = {type: Blocks(type) for type in CODED}
+    known |= {**signed, "TQ2_0": ternary, "TQ1_0": ternary, "Q1_0": Grid("binary", 1, block_of("Q1_0"))}
+    types = {
+        name: type_of(place(name), linear.weight.shape, mixed(place(name), target, config)) for name, linear in matrices(model).items()
+    }
     return {name: known[type] for name, type in types.items() if type in known}
 
 
@@ -129,7 +140,7 @@ def type_of(name: str, shape: Sequence[int], type: str) -> str:
         return "F32"
     if name.startswith(("token_embd", "output")) and type != "F16" and _bits(type) < _bits(_HEAD):
         type = _HEAD
-    while type != "F16" and shape[-1] % _block(type):
+    while type != "F16" and shape[-1] % block_of(type):
         type = fallback_of(type)
     return type
 
@@ -151,20 +162,35 @@ def _packed(values: NDArray[np.float32], type: str) -> Array:
         packed: Array = gguf.quants.quantize(values, gguf.GGMLQuantizationType[type])
         return packed
     # block_q1_0 of ggml-common.h: a scale, then a bit a weight from the lowest on, 1 for +scale and 0 for -scale.
-    blocks = values.reshape(-1, _block(type))
+    blocks = values.reshape(-1, block_of(type))
     used = np.count_nonzero(blocks, axis=1, keepdims=True).clip(min=1)
     scales = (np.abs(blocks).sum(1, keepdims=True, dtype=np.float64) / used).astype(np.float16)
     bits = np.packbits(blocks >= 0, axis=1, bitorder="little")
     return np.concatenate([scales.view(np.uint8), bits], axis=1).reshape(*values.shape[:-1], -1)
 
 
-def _block(type: str) -> int:
-    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]][0])
-
-
 def _bits(type: str) -> float:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
     return 8 * float(size) / float(block)
+
+
+def _architecture(config: PreTrainedConfig, target: Target) -> str:
+    if config.model_type not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise ValueError(f"deploy.targets holds {target.name}, but the student's type is {config.model_type}: gguf takes {known}")
+    return _ARCHITECTURES[config.model_type]
+
+
+def _places(config: PreTrainedConfig, architecture: str) -> Callable[[str], str]:
+    """From transformers' names of parameters, and of layers, to llama.cpp's."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
+
+    def place(name: str) -> str:
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, f"{name} has no place in a file of {architecture}"
+        return found
+
+    return place
 
 
 def _describe(writer: Any, config: PreTrainedConfig, target: Target) -> None:
@@ -199,26 +225,29 @@ def _num_rows(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Each tensor of the file by llama.cpp's name, in fp32; a head that is the embedding is left out, as llama.cpp expects."""
+def _tensors(
+    model: PreTrainedModel, architecture: str, headers: Mapping[str, Tensor]
+) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.uint8] | None]]:
+    """Each tensor of the file by llama.cpp's name, in fp32, and the headers of its blocks where they have been chosen (`NAME.header`).
+
+    A head that is the embedding is left out, as llama.cpp expects.
+    """
     config = model.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
-    factors = _frequency_factors(config)
+    place, factors = _places(config, architecture), _frequency_factors(config)
+    # llama.cpp rotates neighbours in this architecture, transformers the two halves of a head.
+    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads} if architecture == "LLAMA" else {}
     if factors is not None:
-        yield "rope_freqs.weight", factors
+        yield "rope_freqs.weight", factors, None
     for name, value in model.named_parameters():
-        renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert renamed is not None, f"{name} has no place in a file of {architecture}"
-        array: NDArray[np.float32] = value.detach().float().numpy()
-        # llama.cpp rotates neighbours in this architecture, transformers the two halves of a head.
-        if architecture == "LLAMA" and ".attn_q." in renamed:
-            array = _interleaved(array, config.num_attention_heads)
-        elif architecture == "LLAMA" and ".attn_k." in renamed:
-            array = _interleaved(array, config.num_key_value_heads)
-        yield renamed, np.ascontiguousarray(array)
+        renamed, header = place(name), headers.get(f"{name.removesuffix('.weight')}.header")
+        arrays = [value.detach().float().numpy(), None if header is None else header.numpy()]
+        for part in (part for part in heads if part in renamed):
+            arrays = [None if array is None else _interleaved(array, heads[part]) for array in arrays]
+        values, blocks = arrays
+        yield renamed, np.ascontiguousarray(values), blocks
 
 
-def _interleaved(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def _interleaved(rows: Array, heads: int) -> Array:
     """The rows of each head in the order first, middle, second, middle + 1, ... of its halves."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -177,7 +177,7 @@ def _calibrated(target: Target, source: Path, folder: Path, samples: Sequence[Sa
     import torch
 
     from train.calibration import put_on_grids_by
-    from train.grids import read_scales
+    from train.grids import read_scales, write_scales
     from train.models import load_folder, save_model
     from train.smoothing import smooth
 
@@ -185,14 +185,17 @@ def _calibrated(target: Target, source: Path, folder: Path, samples: Sequence[Sa
         yield source
         return
     model, tokenizer, form = load_folder(source, dtype=torch.float32)
+    headers = {}
     if target.is_smoothed_here:
         smooth(samples, model)
     else:
-        put_on_grids_by(samples, model, module_of(target).grids(model, target))
+        headers = put_on_grids_by(samples, model, module_of(target).grids(model, target))
     with _for_a_while(folder / f".{MODEL}.rounded") as made:
-        save_model(model, tokenizer, form, made)
+        save_model(model, tokenizer, form, made / MODEL)
+        if headers:
+            write_scales(headers, made)
         del model
-        yield made
+        yield made / MODEL
 
 
 @contextmanager

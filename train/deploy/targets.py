@@ -4,8 +4,9 @@ Imports no library of any runtime. A format is a module of this folder with thre
 
     make(source, out, target, calibration)   writes a complete folder from a model folder of this project (safetensors, tokenizer,
                                              stepdown.json), and copies tokenizer.json and stepdown.json into it
-    grids(model, target)                     of a format with targets of 4 bits or fewer: how each matrix is rounded (train/grids.py), by
-                                             its name; what `make` writes of values that stand on these grids is the same values
+    grids(model, target)                     of a format with targets of few bits: how each matrix is rounded (train/grids.py), by its
+                                             name; what `make` writes of values that stand on these grids is the same values, where a
+                                             grid has headers with those beside the source
     stored(folder)                           what the file holds, tensor by tensor, read from the file itself
     a runtime, opened by train/runtimes.py   answers prompts, and gives log-probabilities of targets (`log_probs`)
 """
@@ -106,7 +107,7 @@ class Target:
     @property
     def is_calibrated_here(self) -> bool:
         """Its rounding is chosen on training rows before the format's module stores it; compressed-tensors files have their own library."""
-        return self.type in ("Q5_0", "Q4_0", "int4")
+        return self.type in ("Q6_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0", "Q3_K", "Q2_K", "int4")
 
     @property
     def is_smoothed_here(self) -> bool:
