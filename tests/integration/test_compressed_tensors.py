@@ -344,7 +344,7 @@ def test_what_is_saved_is_the_model_itself(name: str, tmp_path: Path, monkeypatc
 
 
 def test_weights_that_are_not_finite_are_told(tmp_path: Path) -> None:
-    random_llama(tmp_path / "model", width=64)
+    rows = random_llama(tmp_path / "model", width=64)
     model, tokenizer, form = load_folder(tmp_path / "model", dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
@@ -352,7 +352,7 @@ def test_weights_that_are_not_finite_are_told(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"would store of model.layers.1.mlp.down_proj is not .* the checkpoint's weights are not finite"
     ):
-        make(tmp_path / "broken", tmp_path / "out", of("fp8"), [])
+        make(tmp_path / "broken", tmp_path / "out", of("fp8"), rows)
 
 
 def test_a_process_of_its_own_loads_it_without_a_word_and_without_llm_compressor(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_wrong_inputs_are_told(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"^deploy.targets holds compressed-tensors-w4a16, which is calibrated on training rows, but there are 15 and it needs "
-        r"16 or more: give more training rows, or choose compressed-tensors-fp8, which needs none$",
+        r"16 or more: give more training rows, or choose compressed-tensors-bf16, which needs none$",
     ):
         make(tmp_path / "model", tmp_path / "out", of("w4a16"), rows[:15])
     random_llama(tmp_path / "odd", width=80)
@@ -410,8 +410,8 @@ def test_wrong_inputs_are_told(tmp_path: Path) -> None:
 
 
 def test_a_wrong_folder_is_told(tmp_path: Path) -> None:
-    random_llama(tmp_path / "model", width=64)
-    make(tmp_path / "model", tmp_path / "out", of("fp8"), [])
+    rows = random_llama(tmp_path / "model", width=64)
+    make(tmp_path / "model", tmp_path / "out", of("fp8"), rows)
     other, broken = tmp_path / "other", tmp_path / "broken"
     with pytest.raises(ValueError, match=r"is not a compressed-tensors model \(it needs config.json and \*.safetensors\): run deploy"):
         CompressedTensorsRuntime(tmp_path, device="cpu")

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,8 +37,7 @@ _LOG_LEVEL = "LLM_COMPRESSOR_LOG_LEVEL"
 _GROUPS = (128, 64, 32)
 """Weights of a row that share a scale: what vLLM's kernels for 4 bits know."""
 _MAX_OFF_GRID = 1e-3
-_MAX_ROUNDED_FP8 = 0.1
-"""Relative to a matrix: 3 bits of mantissa lose about 0.03."""
+"""Relative to a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,6 @@ class _Scheme:
     symmetric: bool = True
     observer: Literal["memoryless_minmax", "memoryless_mse"] = "memoryless_minmax"
     """Scales that reach the largest weight, or those with the least squared error."""
-    is_calibrated: bool = True
-    """Rounded so that little is lost on data; else to nearest."""
 
     @property
     def pipeline(self) -> str:
@@ -76,7 +73,7 @@ _SCHEMES: dict[str, _Scheme] = {
     "INT4": _Scheme(4, groups=_GROUPS, observer="memoryless_mse"),
     "INT3": _Scheme(3, groups=_GROUPS[-1:], symmetric=False, observer="memoryless_mse"),
     "INT2": _Scheme(2, groups=_GROUPS[-1:], symmetric=False, observer="memoryless_mse"),
-    "F8_E4M3": _Scheme(8, "float", rounds_inputs=True, is_calibrated=False),
+    "F8_E4M3": _Scheme(8, "float", rounds_inputs=True),
 }
 """By the type of a target: plain I8 and F8_E4M3 are safetensors' own, INT4 and the like are packed; BF16 is none of these."""
 
@@ -84,7 +81,7 @@ _SCHEMES: dict[str, _Scheme] = {
 def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample]) -> None:
     """Writes a complete folder: weights, configuration, tokenizer and `stepdown.json`.
 
-    Int weights are chosen by GPTQ on the calibration rows, for W8A8 of a decoder-only model after SmoothQuant; FP8 rounds to nearest.
+    Weights are chosen by GPTQ on the calibration rows, for W8A8 of a decoder-only model after SmoothQuant.
     Weights that stand on a grid already, as those that recovered do, are stored as they are, by the scales that lie beside their folder.
     What is not quantized, and every scale, is stored in bfloat16.
 
@@ -92,7 +89,7 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         source: a model of this project (safetensors, tokenizer.json, stepdown.json).
         out: the folder to make.
         target: what the weights become.
-        calibration: token ids of training rows; only the int types read them.
+        calibration: token ids of training rows; BF16 reads none.
 
     Raises:
         ValueError: if the folder is no model of this project, the rows are too few, or a row of a matrix divides into no group.
@@ -108,22 +105,22 @@ def make(source: Path, out: Path, target: Target, calibration: Sequence[Sample])
         raise ValueError(f"{source} has no {TOKENIZER}, which the deployed model needs: give the student a fast tokenizer")
     scheme = _SCHEMES.get(target.type)
     chosen = read_scales(source)
-    if scheme and scheme.is_calibrated and not chosen and len(calibration) < MIN_CALIBRATION_ROWS:
+    if scheme and not chosen and len(calibration) < MIN_CALIBRATION_ROWS:
         raise ValueError(
             f"deploy.targets holds {target.name}, which is calibrated on training rows, but there are {len(calibration)} and it needs "
-            f"{MIN_CALIBRATION_ROWS} or more: give more training rows, or choose compressed-tensors-fp8, which needs none"
+            f"{MIN_CALIBRATION_ROWS} or more: give more training rows, or choose compressed-tensors-bf16, which needs none"
         )
     model, tokenizer, form = load_folder(source, dtype=torch.float32)
     with _quiet():
         _import_silently()
         if scheme and chosen:
-            _oneshot(model, tokenizer, _modifier(model, replace(scheme, is_calibrated=False), target), "datafree")
+            _oneshot(model, tokenizer, _modifier(model, scheme, target, is_chosen=True), "datafree")
             _set_scales(model, chosen)
-            _check_rounded(model, scheme, target)
+            _check_rounded(model, target)
         elif scheme:
             rows = [inputs_of(prompt, target_ids, form.family == "encoder_decoder") for prompt, target_ids in calibration]
             _quantize(model, tokenizer, scheme, _modifier(model, scheme, target), rows)
-            _check_rounded(model, scheme, target)
+            _check_rounded(model, target)
         _save(model, out)
     for name in (TOKENIZER, FORMAT_FILE, *(name for name in _TOKENIZER_FILES if (source / name).is_file())):
         shutil.copyfile(source / name, out / name)
@@ -144,8 +141,8 @@ def grids(model: PreTrainedModel, target: Target) -> dict[str, Grid]:
     return dict.fromkeys(matrices(model), Grid(kind, scheme.num_bits, _group(model, scheme.groups, target), torch.bfloat16))
 
 
-def _modifier(model: PreTrainedModel, scheme: _Scheme, target: Target) -> Any:
-    """llm-compressor's step that rounds the weights: all linear layers but the output matrix."""
+def _modifier(model: PreTrainedModel, scheme: _Scheme, target: Target, *, is_chosen: bool = False) -> Any:
+    """llm-compressor's step that rounds the weights, where they are not chosen yet: all linear layers but the output matrix."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -161,7 +158,7 @@ def _modifier(model: PreTrainedModel, scheme: _Scheme, target: Target) -> Any:
         observer=scheme.observer,
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)}
-    return (GPTQModifier if scheme.is_calibrated else QuantizationModifier)(config_groups=groups, ignore=["lm_head"])
+    return (QuantizationModifier if is_chosen else GPTQModifier)(config_groups=groups, ignore=["lm_head"])
 
 
 def _group(model: PreTrainedModel, sizes: Sequence[int], target: Target) -> int:
@@ -182,12 +179,9 @@ def _group(model: PreTrainedModel, sizes: Sequence[int], target: Target) -> int:
 def _quantize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheme: _Scheme, modifier: Any, rows: Sequence[Any]) -> None:
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    if not scheme.is_calibrated:
-        _oneshot(model, tokenizer, modifier, "datafree")
-        return
     # SmoothQuant comes in a run of its own: in one run GPTQ would weigh its errors by inputs from before the smoothing. For T5 it knows
-    # no pairs of norm and matrix.
-    if scheme.rounds_inputs and not model.config.is_encoder_decoder:
+    # no pairs of norm and matrix. A float's steps grow with its size, so FP8 gains nothing by it.
+    if scheme.rounds_inputs and scheme.kind == "int" and not model.config.is_encoder_decoder:
         _oneshot(model, tokenizer, SmoothQuantModifier(smoothing_strength=0.5), scheme.pipeline, rows)
     _oneshot(model, tokenizer, modifier, scheme.pipeline, rows)
 
@@ -220,16 +214,15 @@ def _set_scales(model: PreTrainedModel, scales: Mapping[str, torch.Tensor]) -> N
                 module.weight_zero_point.data.copy_(scales[f"{name}.zero"])
 
 
-def _check_rounded(model: PreTrainedModel, scheme: _Scheme, target: Target) -> None:
+def _check_rounded(model: PreTrainedModel, target: Target) -> None:
     """That every matrix was reached: scales that nothing set are whatever the memory held, and only GPTQ moves weights onto their grid."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
-    bound = _MAX_OFF_GRID if scheme.is_calibrated else _MAX_ROUNDED_FP8
     for name, module in model.named_modules():
         if weights := getattr(getattr(module, "quantization_scheme", None), "weights", None):
             stored = fake_quantize(module.weight.data, module.weight_scale, getattr(module, "weight_zero_point", None), weights)
             # A comparison with NaN is false.
-            if not (stored - module.weight.data).norm() <= bound * module.weight.data.norm():
+            if not (stored - module.weight.data).norm() <= _MAX_OFF_GRID * module.weight.data.norm():
                 raise RuntimeError(
                     f"deploy.targets: what {target.name} would store of {name} is not what was chosen for it: calibration did not reach "
                     "this matrix, or the checkpoint's weights are not finite; train again, or remove the target"
