@@ -26,7 +26,7 @@ def smooth(rows: Rows, model: PreTrainedModel, strength: float = _STRENGTH) -> b
 
     Args:
         rows: training rows; at least one.
-        model: in fp32, on the CPU.
+        model: in fp32; computed with on the accelerator, where there is one, and given back on the CPU.
         strength: share of the difference between channels that goes from the inputs to the weights.
 
     Returns:
@@ -37,12 +37,14 @@ def smooth(rows: Rows, model: PreTrainedModel, strength: float = _STRENGTH) -> b
     """
     if model.config.model_type not in _TYPES:
         return False
+    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     pairs = [pair for layer in model.get_decoder().layers for pair in _pairs(layer)]
     with _largest_inputs([readers[0] for _, readers, _ in pairs]) as largest:
         for prompt, target in rows:
-            model(**inputs_of(prompt, target, False))
+            model(**inputs_of(prompt, target, False, model.device))
     for maker, readers, head in pairs:
         _move(maker, readers, head, largest[readers[0]], strength)
+    model.to("cpu")
     return True
 
 
@@ -72,7 +74,7 @@ def _move(maker: Any, readers: Sequence[nn.Linear], head: int, largest: Tensor, 
 @contextmanager
 def _largest_inputs(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
     """Inside, the largest size of each channel of what each layer is fed."""
-    found: dict[nn.Module, Tensor] = {layer: torch.zeros(layer.in_features) for layer in layers}
+    found: dict[nn.Module, Tensor] = {layer: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found[layer] = torch.maximum(found[layer], inputs[0].abs().flatten(0, -2).amax(0))

@@ -21,6 +21,8 @@ from data.prompts import TextFormat
 from train.tokenization import load_tokenizer, save_tokenizer
 
 _FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Of a model's configuration; some name a token that the tokenizer lacks."""
 
 
 def trim(
@@ -41,20 +43,20 @@ def trim(
     Raises:
         ValueError: if the tokenizer is of another kind.
     """
+    named = {key: value for key in _IDS if isinstance(value := getattr(model.config, key, None), int)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tokenizer(tokenizer, folder)
         described = json.loads((folder / _FILE).read_text(encoding="utf-8")) if (folder / _FILE).is_file() else {}
-        kept = kept_ids(described, {*used, form.eos_id, form.pad_id, *form.prefix_ids}, at_least)
+        kept = kept_ids(described, {*used, form.eos_id, form.pad_id, *form.prefix_ids, *named.values()}, at_least)
         new = {old: place for place, old in enumerate(kept)}
         (folder / _FILE).write_text(json.dumps(without_others(described, new), ensure_ascii=False), encoding="utf-8")
         settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
         (folder / _SETTINGS).write_text(json.dumps(_settings(settings, new)), encoding="utf-8")
         smaller = load_tokenizer(str(folder), texts=None, folder=None, key="the trimmed tokenizer")
     keep_rows(model, kept)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        if isinstance(value := getattr(model.config, key, None), int):
-            setattr(model.config, key, new[value])
+    for key, value in named.items():
+        setattr(model.config, key, new.get(value))
     prefix = tuple(new[token] for token in form.prefix_ids)
     return smaller, replace(form, eos_id=new[form.eos_id], pad_id=new[form.pad_id], prefix_ids=prefix), new
 
@@ -64,7 +66,7 @@ def kept_ids(described: Mapping[str, Any], used: Iterable[int], at_least: int = 
 
     Args:
         described: a tokenizer.json.
-        used: ids of tokens.
+        used: ids of tokens; those that the tokenizer lacks do not count.
         at_least: how many are to stay, where there are so many.
 
     Raises:
@@ -75,7 +77,7 @@ def kept_ids(described: Mapping[str, Any], used: Iterable[int], at_least: int = 
     special = {token["id"] for token in described["added_tokens"]}
     plain = {index for index, token in by_id.items() if token not in parts and (len(token) == 1 or _is_byte(token) or parts)}
     ids = {token: index for index, token in by_id.items()}
-    kept = special | plain
+    kept, used = special | plain, by_id.keys() & set(used)
     for index in (*sorted(used), *sorted(by_id)):
         if index not in kept and (index in used or len(kept) < at_least):
             kept |= _with_parts(by_id[index], parts, ids)

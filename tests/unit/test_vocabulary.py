@@ -142,7 +142,7 @@ def test_what_a_token_is_merged_from_stays_and_what_else_was_merged_goes() -> No
     merges = [["a", "b"], ["c", "c"], ["ab", "c"]]
     described = {"model": {"type": "BPE", "vocab": vocabulary, "merges": merges}, "added_tokens": [{"id": 6, "content": "<x>"}]}
     assert kept_ids(described, {5}) == [0, 1, 2, 3, 5, 6]
-    assert kept_ids(described, set()) == [0, 1, 2, 6]
+    assert kept_ids(described, {7, -1}) == [0, 1, 2, 6]
     assert kept_ids(described, set(), at_least=5) == [0, 1, 2, 3, 6]
     assert kept_ids(described, set(), at_least=99) == list(range(7))
 
