@@ -1,6 +1,7 @@
 """Every file to ship of SmolLM2-135M tuned on CommonsenseQA, in the runtime that serves it: what it still gets right, and what it takes.
 
 python tests/bench/deploy_quality.py --model TUNED --data DIR --out DIR [--recovered DIR] [--targets gguf-q4_0,onnx-int8] [--kl-items 100]
+        [--vocabulary task]
 python tests/bench/deploy_quality.py --out DIR --show       the table of what is there
 
 TUNED is OUT/tuned/model of pruning_quality.py, DIR holds what that one reads; RECOVERED/TARGET is a folder that few_bits.py left (OUT of
@@ -31,9 +32,10 @@ from train.artifacts import DeployedModel, EvalResult
 from train.deploy.stage import NUM_PROBES, NUM_SAMPLES, deploy
 from train.deploy.targets import RECOVERED, TARGETS, Sample
 from train.evaluate import ANSWERS, EvalRequest, command
-from train.models import load_folder, save_model
+from train.models import encoder, load_folder, save_model
 from train.runtimes import Device, Runtime, RuntimeKind, TransformersRuntime, open_runtime
 from train.significance import mcnemar
+from train.vocabulary import trim
 
 _WHOLE = "transformers-fp32"
 _KL = "choices.json"
@@ -57,7 +59,7 @@ def made(name: str, options: argparse.Namespace, data: Data) -> tuple[RuntimeKin
             source = options.recovered / target.name / "model"
         else:
             source = folder / "source"
-            model, tokenizer, form = load_folder(options.model, dtype=torch.float32)
+            model, tokenizer, form = load_folder(options.source, dtype=torch.float32)
             save_model(source_of(target, model), tokenizer, form, source)
         samples: list[Sample] = [(s.input_ids, s.target_ids) for row in data.rows for s in row.sequences][:NUM_SAMPLES]
         deploy(target, source, folder, samples, samples[:NUM_PROBES], TransformersRuntime(source, device="cpu"))
@@ -150,8 +152,27 @@ def lines_of(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "evaluate" / ANSWERS).read_text().splitlines()]
 
 
+def trimmed(options: argparse.Namespace) -> Path:
+    """The tuned model without the tokens that no training row uses, or with so many."""
+    folder: Path = options.out / "trimmed"
+    with claimed(folder / "model" / FORMAT_FILE, wait=True) as mine:
+        if mine:
+            _, data = loaded(options, str(options.model))
+            model, tokenizer, form = load_folder(options.model, dtype=torch.float32)
+            used = {token for row in data.rows for s in row.sequences for token in (*s.input_ids, *s.target_ids)}
+            least = 0 if options.vocabulary == "task" else int(options.vocabulary)
+            smaller, smaller_form, new = trim(model, tokenizer, form, used, least)
+            before, after = encoder(tokenizer), encoder(smaller)
+            texts = [form.prompt(form.part, item.input) for item in data.test]
+            alike = sum([new.get(token) for token in before(text)] == after(text) for text in texts)
+            print(f"{len(new):,} tokens of {len(tokenizer):,}; {alike:,} of {len(texts):,} test texts are cut as before", flush=True)
+            save_model(model, smaller, smaller_form, folder / "model")
+    return folder / "model"
+
+
 def work(options: argparse.Namespace) -> None:
-    _, data = loaded(options, str(options.model))
+    options.source = options.model if options.vocabulary is None else trimmed(options)
+    _, data = loaded(options, str(options.source))
     assert (options.model / FORMAT_FILE).is_file()
     for name in rows_of(options):
         with claimed(options.out / name / _KL) as mine:
@@ -177,6 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--targets", help="with commas between; all where left out")
     parser.add_argument("--kl-items", type=int, default=100)
+    parser.add_argument("--vocabulary", help="as deploy.vocabulary")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--show", action="store_true")
     parser.set_defaults(tiny=False)
