@@ -86,7 +86,7 @@ def _worth(report: Report, rung: Rung) -> str:
 def _file(made: DeployedModel, *, is_recovered: bool) -> str:
     lines = [
         f"{words.num_bytes(made.weight_bytes)} of weights, {words.percent(made.weight_bytes / made.source_weight_bytes)} of the fp32 file; "
-        f"{made.num_parameters:,} parameters, {made.num_tokens:,} tokens."
+        f"{made.num_parameters:,} parameters{f', {made.num_tokens:,} tokens' if made.num_tokens else ''}."
     ]
     if made.bits_a_parameter is not None and made.bits_a_weight is not None:
         types = ", ".join(f"{count} tensors {kind}" for kind, count in made.types.items())

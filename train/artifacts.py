@@ -168,8 +168,8 @@ class DeployedModel(Artifact):
     num_parameters: int
     max_input_tokens: int
     max_label_tokens: int
-    num_tokens: int = 0
-    """Rows of the embedding."""
+    num_tokens: int | None = None
+    """Rows of the embedding; None where an earlier version made it."""
     seconds: float = 0.0
     bits_a_parameter: float | None = None
     """Measured in the file, over all of its tensors."""

@@ -35,11 +35,13 @@ from data.examples import TaskExample, write_examples
 from data.prompts import TextFormat
 from data.records import TeacherRecord
 from data.store import shard_path, write_shard
+from train import vocabulary
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Family
 from train.config import ScratchModel
 from train.deploy import stage
 from train.deploy.ctranslate2 import Ctranslate2Runtime, convert, stored
 from train.deploy.request import DeployRequest
+from train.deploy.targets import TARGETS
 from train.evaluate import EvalRequest, command
 from train.models import encoder, load_model, num_parameters, save_model, text_format
 from train.runtimes import TransformersRuntime, answers
@@ -116,13 +118,13 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Student(folder, checkpoint, {target: _deployed(target, folder, folder / target) for target in targets})
 
 
-def _deployed(target: str, trained: Path, out: Path, vocabulary: str | int = "whole", rows: int = 20) -> DeployedModel:
+def _deployed(target: str, trained: Path, out: Path, tokens: str | int = "whole", rows: int = 20) -> DeployedModel:
     """The stage as the pipeline runs it, on a task whose training rows are the first pairs."""
     task = out.with_name(f"{out.name}-task")
     task.mkdir(exist_ok=True)
     for split, pairs in {"train": PAIRS[:rows], "test": PAIRS[rows : rows + 10]}.items():
         write_examples(task / f"{split}.jsonl", [TaskExample(str(i), text, label) for i, (text, label) in enumerate(pairs)])
-    return stage.run(DeployRequest(target, str(trained), str(task), str(task), str(out), vocabulary))
+    return stage.run(DeployRequest(target, str(trained), str(task), str(task), str(out), tokens))
 
 
 def _predictions(runtime: Any, batch_size: int = 32) -> list[str]:
@@ -191,6 +193,43 @@ def test_without_the_tokens_that_no_row_uses_it_answers_the_same_from_a_smaller_
     expected = _predictions(TransformersRuntime(student.model(), device="cpu"))[:100]
     assert [_predictions(file)[:90] for file in files.values()] == [expected[:90]] * 2
     assert not list(tmp_path.glob("*/.*")), "nothing is left behind"
+
+
+def test_a_vocabulary_that_cannot_be_left_out_is_told(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"^deploy.vocabulary is task, but every training input is one of the test split: set it to whole$"
+    ):
+        _deployed("ctranslate2-float32", student.folder, tmp_path / "none", "task", 0)
+    real = vocabulary.trim
+
+    def off_by_one(*given: Any) -> Any:
+        smaller, form, new = real(*given)
+        return smaller, form, {old: (place + 1) % len(new) for old, place in new.items()}
+
+    monkeypatch.setattr(vocabulary, "trim", off_by_one)
+    with pytest.raises(RuntimeError, match=r"^deploy.vocabulary is task, but .* training texts are cut otherwise: set it to whole$"):
+        _deployed("ctranslate2-float32", student.folder, tmp_path / "other", "task")
+
+
+def test_channels_of_unlike_sizes_lose_less_where_rows_are_given(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(WRITTEN * 3, 512)
+    layout = text_format(tokenizer, "decoder_only", max_input_tokens=64, max_label_tokens=8, max_rationale_tokens=32)
+    model = load_model(ScratchModel(from_scratch="llama", d_model=64, layers=2, heads=4), tokenizer, seed=0, dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data[::9] = 30.0
+        layer.mlp.up_proj.weight.data[::7] *= 50.0
+    save_model(model, tokenizer, layout, tmp_path / "model")
+    encode = encoder(tokenizer)
+    rows = [(layout.prompt_ids("predict", text, encode)[0], layout.label_ids(label, encode)[0]) for text, label in PAIRS[:64]]
+    errors = []
+    for name, samples in (("without", []), ("with", rows)):
+        reference = TransformersRuntime(tmp_path / "model", device="cpu")
+        stage.deploy(TARGETS["ctranslate2-int8"], tmp_path / "model", tmp_path / name, samples, rows[:16], reference)
+        file = Ctranslate2Runtime(tmp_path / name / "model", device="cpu")
+        reference = TransformersRuntime(tmp_path / "model", device="cpu")
+        expected, found = (np.concatenate([runtime.log_probs(*row) for row in rows[:16]]) for runtime in (reference, file))
+        errors.append(float(np.linalg.norm(found - expected)))
+    assert errors[1] < 0.85 * errors[0]
 
 
 def test_tokens_are_those_of_training(student: Student) -> None:

@@ -33,7 +33,9 @@ def rung(name: str, correct: int) -> Rung:
 def report(target: str, config: dict[str, Any], **made: Any) -> tuple[Report, Rung]:
     kind = {"gguf": "llama_cpp", "compressed": "compressed_tensors"}.get(target.partition("-")[0], target.partition("-")[0])
     file = DeployedModel(target, kind, "decoder_only", 25, 30, 100, 22, 64, 8)
-    file = dataclasses.replace(file, bits_a_parameter=8.51, bits_a_weight=8.5, error_nats=0.059, types={"Q8_0": 3, "F32": 2}, **made)
+    file = dataclasses.replace(
+        file, bits_a_parameter=8.51, bits_a_weight=8.5, error_nats=0.059, types={"Q8_0": 3, "F32": 2}, num_tokens=15499, **made
+    )
     rungs = [rung("step_by_step", 110), rung(target, 100), rung("ctranslate2-int8", 99)]
     deployed = {target: file, "ctranslate2-int8": file}
     found = Report("mine", "runs/mine", [], [], rungs, [], 1.0, [], None, {}, {}, deployed, [], [], [], config, {"started": "2026-11-23"})
@@ -56,6 +58,7 @@ def test_a_card_says_what_it_is_and_what_it_is_worth(tmp_path: Path) -> None:
         "| step_by_step | 55.0 % | 40.0 to 60.0 % |",
         "| gguf-q8_0 | 50.0 % | 40.0 to 60.0 % |",
         "Against step_by_step: -5.0 points, 3 gained, 13 lost, exact McNemar p = 0.021: significant at 5 %.",
+        "25.0 % of the fp32 file; 22 parameters, 15,499 tokens.",
         "Read from the file: 8.51 bits a parameter, 8.50 a weight of the layers' matrices (3 tensors Q8_0, 2 tensors F32).",
         "Stored as another type than the name says: blk.0.x.",
         "0.059 nats a token from those of the fp32 model",

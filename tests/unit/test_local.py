@@ -23,6 +23,7 @@ from launch.pipeline import Stage, stages
 from launch.rundir import locked, run_folder
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy import targets
+from train.deploy.request import DeployRequest
 from train.evaluate import EvalRequest
 from train.signals import PARENT
 
@@ -289,7 +290,7 @@ def test_a_process_that_told_its_own_fault_is_not_told_twice(
 
 def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mine = tiny(deploy={"targets": ["onnx-int8", "ctranslate2-int8"]})
+    mine = tiny(deploy={"targets": ["onnx-int8", "ctranslate2-int8"], "vocabulary": "task"})
     told(mine, "task")
     table = stages(mine, TaskFiles.read(next(Path("runs/mine").glob("task-*"))))
     monkeypatch.setattr(local, "stages", lambda *_: table)
@@ -306,6 +307,7 @@ def test_a_target_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypa
         if "evaluate" in folder.name:
             EvalResult(folder.name, "x", 2, 1, 0, None, None, None, None, None, None, "cpu", None).write(folder)
         elif "onnx" in folder.name:
+            assert DeployRequest.read(Path(command[-1])).vocabulary == "task"
             return 1
         else:
             DeployedModel("ctranslate2-int8", "ctranslate2", "encoder_decoder", 1, 1, 4, 22, 1, 1).write(folder)

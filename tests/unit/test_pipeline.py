@@ -88,6 +88,7 @@ def test_the_stages_in_their_order() -> None:
         ({"student__learning_rate": 5e-4, "teacher__soft_labels__k": 32}, set()),
         ({"task__max_rejected": 0.5}, set()),
         ({"student__seed": 0}, set()),  # the run's, written out
+        ({"deploy__vocabulary": "whole"}, set()),
         # What it does depend on.
         ({"seed": 1}, ALL),
         ({"teacher__tune__epochs": 3}, ALL - {"task"}),
@@ -106,6 +107,8 @@ def test_the_stages_in_their_order() -> None:
         ({"student__loss__soft": 0.7}, set(MAIN)),
         ({"teacher__rationales__keep": "agreeing"}, STUDENTS - {"train.labels_only", "evaluate.labels_only"}),
         ({"teacher__rationales__keep": "agreeing", "teacher__rationales__drop_rows": True}, STUDENTS),
+        ({"deploy__vocabulary": "task"}, {*DEPLOYED, *STUDENT_RUNGS[-2:]}),
+        ({"deploy__vocabulary": 300}, {*DEPLOYED, *STUDENT_RUNGS[-2:]}),
         ({"evaluate__timed_examples": 5}, {"evaluate.teacher", *STUDENT_RUNGS}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
