@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from launch.architecture import Architecture
-from launch.memory import Memory, fullest
+from launch.memory import WORKSPACE_BYTES, Memory, fullest
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 _BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
@@ -25,6 +25,8 @@ SCORED_TOKENS = 8192
 _HEAD_BYTES = 2**30
 _SLICE = 2**25
 """All of `train.teacher`: tokens of prompts, and of sequences to score, in one forward; the most that logits take; numbers in fp32."""
+_WORKSPACES = 3
+"""Streams that multiply matrices: plain passes, the recording of a step, and its replay (as measured: 100.7 MB)."""
 _SLICES = 2
 """Slices in fp32 beside each other while logits become soft labels."""
 _FREE_SHARE = 0.85
@@ -74,9 +76,9 @@ def cache_token_bytes(model: Architecture, how: Inference) -> int:
 
 
 def teacher_weights(model: Architecture, how: Inference) -> int:
-    """On one process: tensor parallelism leaves embedding and head whole, ZeRO-3 shares all out."""
+    """On one process: AutoTP leaves the embedding whole, and splits the head, of which a tied one becomes a copy; ZeRO-3 shares all out."""
     if how.sharding == "tensor":
-        return weight_bytes(model.embeddings + -(-model.body // how.degree), how.precision)
+        return weight_bytes(model.embedding + -(-(model.embedding + model.body) // how.degree), how.precision)
     return weight_bytes(-(-model.parameters // how.degree) if how.sharding == "zero3" else model.parameters, how.precision)
 
 
@@ -95,14 +97,18 @@ def scoring_memory(model: Architecture, how: Inference) -> Memory:
     size = activation_bytes(how.precision)
     rows = min(how.rows, how.scored, max(1, _HEAD_BYTES // (size * model.vocabulary)))
     logits = Memory(head=size * rows * model.vocabulary + 4 * _SLICES * _SLICE, activations=2 * size * model.width * how.scored)
-    return _held(model, how) + fullest([Memory(activations=_layer(model, how, how.scored)), logits])
+    layer = Memory(activations=_layer(model, how, how.scored))
+    return fullest([_held(model, how, gathered=2 * model.layer) + layer, _held(model, how, gathered=model.embedding) + logits])
 
 
-def _held(model: Architecture, how: Inference) -> Memory:
-    gathered = 0
-    if how.sharding == "zero3":  # a layer is gathered whole, and the next one while it runs
-        gathered = weight_bytes(min(model.parameters, 2 * max(model.layer, model.embedding)), how.precision)
-    return Memory(weights=teacher_weights(model, how), buffers=gathered)
+def _held(model: Architecture, how: Inference, gathered: int | None = None) -> Memory:
+    """What lasts, and under ZeRO-3 the parameters that are gathered whole: a layer, and the next one while it runs; or the head."""
+    if how.sharding != "zero3":
+        gathered = 0
+    elif gathered is None:
+        gathered = 2 * max(model.layer, model.embedding)
+    whole = weight_bytes(min(model.parameters, gathered), how.precision)
+    return Memory(weights=teacher_weights(model, how), buffers=whole + _WORKSPACES * WORKSPACE_BYTES)
 
 
 def _layer(model: Architecture, how: Inference, tokens: int) -> int:

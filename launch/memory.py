@@ -14,6 +14,12 @@ CONTEXT_BYTES = 900_000_000
 
 Source: 0.79 to 0.88 GB on an H200, torch 2.11 (tests/bench/memory.py).
 """
+WORKSPACE_BYTES = 2**25
+"""Of a GPU's memory that torch allocates for each handle of cuBLAS: 32 MiB on an H100 or H200, 8 on an A100. Threads and streams that
+multiply matrices have one each.
+
+Source: torch 2.11, aten/src/ATen/cuda/CublasHandlePool.cpp; what stays allocated after a case of tests/bench/memory.py.
+"""
 NCCL_BYTES = 1_300_000_000
 """What it does not see besides where processes talk to each other: NCCL's buffers.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from launch.architecture import Architecture
-from launch.memory import Memory, fullest
+from launch.memory import WORKSPACE_BYTES, Memory, fullest
 
 _BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once (`train.engine`)."""
@@ -26,6 +26,8 @@ _SUB_GROUP = 1_000_000_000
 _CHUNK_BYTES = 256 * 2**20
 _CHUNKS_A_PRODUCT = 4
 """Both of `train.head_loss`."""
+_WORKSPACES = 2
+"""The forward pass multiplies in one thread, the backward pass in another."""
 _LIVE_CHUNKS = 7
 """Chunks in fp32 beside each other where a live teacher's distribution meets the student's: values, log-probabilities of both, their
 gradient and what it is made of (`train.loss_gradients`)."""
@@ -100,7 +102,7 @@ def adapter_parameters(model: Architecture, rank: int, modules: Sequence[str] | 
 def moments(model: Architecture, step: Step) -> dict[str, Memory]:
     """Every moment of a step that may be the fullest, the loading of the model among them."""
     states, kept = _states(model, step), kept_activations(model, step)
-    lasting = states + Memory(buffers=_lasting_buffers(model, step))
+    lasting = states + Memory(buffers=_lasting_buffers(model, step) + _WORKSPACES * WORKSPACE_BYTES)
     gradient = step.element * model.embedding if step.adapters is None else 0
     # A tied embedding's gradient from the head waits for that from the embedding itself.
     waiting = gradient if model.tied else 0

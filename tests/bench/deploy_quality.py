@@ -1,8 +1,8 @@
 """Every file to ship of SmolLM2-135M tuned on CommonsenseQA, in the runtime that serves it: what it still gets right, and what it takes.
 
-python tests/bench/deploy_quality.py --model TUNED --data DIR --out DIR [--recovered DIR] [--targets gguf-q4_0,onnx-int8] [--kl-items 100]
+python -m tests.bench.deploy_quality --model TUNED --data DIR --out DIR [--recovered DIR] [--targets gguf-q4_0,onnx-int8] [--kl-items 100]
         [--vocabulary task]
-python tests/bench/deploy_quality.py --out DIR --show       the table of what is there
+python -m tests.bench.deploy_quality --out DIR --show       the table of what is there
 
 TUNED is OUT/tuned/model of pruning_quality.py, DIR holds what that one reads; RECOVERED/TARGET is a folder that few_bits.py left (OUT of
 that one, its learning rate cut from the name). Files are made and verified as the stage `deploy` does, and answered as the stage

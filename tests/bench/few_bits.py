@@ -1,8 +1,8 @@
 """What SmolLM2-135M, tuned on CommonsenseQA, still gets right in 4, 3, 2 and 1 bits: rounded, and trained through the rounding.
 
-python tests/bench/few_bits.py --model TUNED --data DIR --out DIR [--cells w2a16:2e-4,tq2_0:4e-4] [--epochs 3] [--minutes 8]
-python tests/bench/few_bits.py --out DIR --show       the table of what is there
-python tests/bench/few_bits.py --model TUNED --data DIR --out DIR --tiny       two of its layers and a few rows on a CPU: does it run
+python -m tests.bench.few_bits --model TUNED --data DIR --out DIR [--cells w2a16:2e-4,tq2_0:4e-4] [--epochs 3] [--minutes 8]
+python -m tests.bench.few_bits --out DIR --show       the table of what is there
+python -m tests.bench.few_bits --model TUNED --data DIR --out DIR --tiny       two of its layers and a few rows on a CPU: does it run
 
 TUNED is OUT/tuned/model of pruning_quality.py, DIR holds what that one reads. The blocks of ternary and binary GGUF need rows that 256 and
 128 divide: for those the model is widened with zeros, 576 to 768, which changes nothing that it computes. A cell is a target and a learning

@@ -255,6 +255,8 @@ class Bench:
     tiny: bool
     student: LlamaForCausalLM
     """In fp32 on the CPU; each training takes a copy."""
+    left_groups: bool = False
+    """A teacher's tensor group has been made, whose buffers NCCL keeps: what is outside of torch's memory is no longer one case's."""
 
     @property
     def teacher_shape(self) -> Shape:
@@ -372,6 +374,7 @@ def placed(bench: Bench, sharding: Any, memory: Memory) -> InferenceModel:
     """As the teacher's stage does, but for a model that is built on the device."""
     dtype = torch.bfloat16 if bench.world.device.type == "cuda" else torch.float32
     teacher = place_for_inference(built(bench.teacher_shape, bench.world.device, dtype), bench.world, sharding)
+    bench.left_groups |= teacher.group is not None
     if bench.world.device.type == "cuda":
         fuse(teacher.model)
         torch.cuda.empty_cache()
@@ -434,7 +437,7 @@ def score_case(bench: Bench, case: Score, memory: Memory) -> None:
 
 def attempted(bench: Bench, name: str, work: Work) -> dict[str, Any]:
     """A case's row of results; its failure, out of memory for one, is told in it and leaves the others alone."""
-    memory, error, begun = Memory(), "", time.perf_counter()
+    memory, error, begun, left_groups = Memory(), "", time.perf_counter(), bench.left_groups
     memory.begin()
     try:
         bench.run(work, memory)
@@ -447,7 +450,8 @@ def attempted(bench: Bench, name: str, work: Work) -> dict[str, Any]:
     row = {"case": name, "kind": type(work).__name__.lower(), "settings": asdict(work), "gpus": bench.world.size, "rank": bench.world.rank}
     if bench.world.is_main:
         print(f"{name}: {memory.peak_bytes / 1e9:.2f} GB, {time.perf_counter() - begun:.0f} s {error}", flush=True)
-    return {**row, **asdict(memory), "error": error}
+    found = asdict(memory) | ({"outside_bytes": None} if left_groups else {})
+    return {**row, **found, "error": error}
 
 
 def gathered(rows: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
@@ -475,11 +479,11 @@ def machine(world: World) -> dict[str, Any]:
 
 
 def merge(out: Path, files: list[Path]) -> None:
-    """The first process's figures of each case that went well, without what was allocated before it, one a line."""
+    """The first process's figures of each case that went well, without what was allocated before it, one a line; files may be merged."""
     found = [json.loads(file.read_text()) for file in files]
     rows = {}
-    for row in (row for each in found for row in each["rows"] if row["rank"] == 0 and not row["error"]):
-        less = {name: row[name] - row["before_bytes"] for name in ("peak_bytes", "reserved_bytes")}
+    for row in (row for each in found for row in each["rows"] if not row.get("rank") and not row.get("error")):
+        less = {name: row[name] - row.get("before_bytes", 0) for name in ("peak_bytes", "reserved_bytes")}
         kept = {name: row[name] for name in ("case", "gpus", "kind", "settings", "seen", "outside_bytes")}
         rows[row["case"]] = json.dumps({**kept, **less})
     machine = {name: value for name, value in found[0]["machine"].items() if name != "gpus"}
@@ -489,7 +493,7 @@ def merge(out: Path, files: list[Path]) -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table("case", "rank", "peak GB", "reserved", "outside", "before", "phases, GB")
     for row in rows:
-        sizes = (f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "reserved_bytes", "outside_bytes", "before_bytes"))
+        sizes = (f"{(row[name] or 0) / 1e9:.2f}" for name in ("peak_bytes", "reserved_bytes", "outside_bytes", "before_bytes"))
         phases = " ".join(f"{name} {size / 1e9:.2f}" for name, size in row["phases"].items() if name not in ("rest", "end"))
         table.add_row(row["case"], str(row["rank"]), *sizes, row["error"][:60] or phases)
     Console(width=200).print(table)

@@ -86,6 +86,22 @@ def test_keys_and_values_by_hand() -> None:
     assert decoding_memory(ONE_B, replace(how, prompt=101)).cache == 10 * 192 * 32_768, "in steps of 64"
 
 
+def test_what_is_held_of_a_teacher_by_hand() -> None:
+    model = architecture_of({**LLAMA, "tie_word_embeddings": False})
+    embedding, workspaces = 128_256 * 2048, 3 * 2**25
+    tensor = scoring_memory(model, Inference("tensor", 4))
+    assert tensor.weights == 2 * (embedding + (model.parameters - embedding) // 4), "AutoTP splits a head, too"
+    assert tensor.buffers == workspaces
+    few, many = (scoring_memory(model, Inference("zero3", 4, scored=tokens, rows=1)) for tokens in (1, 200_000))
+    assert few.buffers == workspaces + 2 * embedding, "the head is gathered whole"
+    assert many.buffers == workspaces + 2 * 2 * model.layer, "a layer, and the next one"
+
+
+def test_a_small_student_needs_cublas_workspaces_at_the_least() -> None:
+    small = architecture_of({**LLAMA, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500, "num_hidden_layers": 2})
+    assert training_memory(small, step(tokens=10, targets=1)).total > 2 * 2**25
+
+
 def test_a_live_teachers_weights_lie_beside_the_student() -> None:
     assert training_memory(ONE_B, step(live=ONE_B)).teacher == 2 * ONE_B.parameters
 
@@ -279,7 +295,9 @@ def test_recorded_passes_take_what_torch_reserved() -> None:
 
 
 def test_the_driver_counts_what_is_left_to_it() -> None:
-    for row in MEASURED["rows"]:
+    known = [row for row in MEASURED["rows"] if row["outside_bytes"] is not None]
+    assert {row["gpus"] for row in known} == {1, 2} and {row["kind"] for row in known} == {"training", "decode", "score"}
+    for row in known:
         assert row["outside_bytes"] <= 1.02 * outside_bytes(row["gpus"])
 
 

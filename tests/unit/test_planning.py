@@ -83,7 +83,7 @@ def test_a_70b_teacher_on_eight_gpus() -> None:
     assert plan.teacher is not None
     assert (plan.devices.name, plan.devices.processes, plan.teacher.parameters) == ("A100-80GB", 8, 70 * 10**9)
     assert (plan.teacher.plan.sharding, plan.teacher.plan.tensor_degree) == ("tensor", 4)
-    assert plan.teacher.gpus == {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
+    assert plan.teacher.gpus == {"fp32": 5, "bf16": 2, "int8": 1, "int4": 1}
     assert sentence(plan).startswith("On 8 x A100-80GB the teacher fits split over 4 and writes 256 answers at once (one copy over 4 GPUs")
     lines = shown(plan)
     assert lines[0] == "8 x A100-80GB, 80.0 GB each, 73.8 GB of them usable"
