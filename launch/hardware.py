@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.cgroups import cpu_limit, memory_limit
 from train.gpus import GPUS, Gpu, known_gpu
 
 __all__ = ["GPUS", "DetectedGpu", "Gpu", "cpu_count", "detect", "known_gpu", "memory_bytes"]
@@ -67,16 +68,20 @@ def _gpu_memory_bytes(cell: str) -> int:
 
 
 def cpu_count() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, and gets the time of: more threads would wait for each other."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(bound, cpu_limit() or bound)
 
 
 def memory_bytes() -> int | None:
-    """Memory of the machine; None where the system has no /proc/meminfo."""
+    """Memory of the machine, or what its container or job gets of it; None where the system has no /proc/meminfo."""
     if not _MEMINFO.is_file():
         return None
     found = re.search(r"^MemTotal:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    if found is None:
+        return None
+    whole = int(found[1]) * 1024
+    return min(whole, memory_limit() or whole)
 
 
 if __name__ == "__main__":

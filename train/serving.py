@@ -5,7 +5,6 @@ load (timed) -> answer once each -> items a second at batch 1 and 32 -> latency 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Literal
 
 from data.prompts import Part
 from train.progress import StageProgress
-from train.runtimes import Device, Runtime, RuntimeKind, answers, open_runtime
+from train.runtimes import Device, Runtime, RuntimeKind, answers, open_runtime, usual_threads
 
 TIMED_BATCH_SIZES = (1, 32)
 TIMED_PROMPTS = 32
@@ -63,8 +62,7 @@ def load(
         ValueError, RuntimeError: see `train.runtimes.open_runtime`.
     """
     begin = time.perf_counter()
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-    runtime = open_runtime(kind, folder, device=device, dtype=dtype, threads=threads)
+    runtime = open_runtime(kind, folder, device=device, dtype=dtype, threads=threads or usual_threads())
     return runtime, time.perf_counter() - begin
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from train.deploy.targets import GGUF_FILE
 from train.deploy.tokens import Tokens
-from train.runtimes import until
+from train.runtimes import until, usual_threads
 
 Device = Literal["auto", "cpu", "cuda"]
 _ALL = 1 << 24
@@ -40,7 +40,8 @@ class LlamaCppRuntime(Tokens):
         Args:
             folder: what `train.deploy.gguf.make` wrote.
             device: auto takes a GPU where the engine was built for one.
-            threads: CPU threads; 0 takes all that this process may use.
+            threads: CPU threads; 0: OMP_NUM_THREADS, or all that this process may use. They wait for each other busily: on fewer cores
+                than threads the engine all but stands still.
 
         Raises:
             ValueError: if the folder holds no GGUF file.
@@ -54,7 +55,7 @@ class LlamaCppRuntime(Tokens):
         if device == "cuda" and not has_gpu:
             raise RuntimeError("device is cuda, but this xllamacpp was built without it: choose cpu or auto")
         self.device: str = "cuda" if has_gpu and device != "cpu" else "cpu"
-        self._server = self._started(folder, threads or len(os.sched_getaffinity(0)))
+        self._server = self._started(folder, threads or usual_threads())
         self._address = urlsplit(self._server.listening_address).netloc
 
     def _started(self, folder: Path, threads: int) -> Any:
