@@ -15,9 +15,8 @@ from train.calibration import Rows, inputs_of
 _TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose layers are built of parts of these names, and whose norms multiply by their weight alone."""
 _SMALLEST = 1e-5
-_STRENGTH = 0.65
-"""Divergence of a tuned SmolLM2-135M in CTranslate2's int8 on 80 validation items of CQA: 0.041 nats without; 0.026, 0.017, 0.015 at 0.3,
-0.5, 0.65."""
+_STRENGTH = 0.5
+"""Where the squares of inputs, added up, times those of weights are least."""
 
 
 @torch.no_grad()
@@ -32,18 +31,20 @@ def smooth(rows: Rows, model: PreTrainedModel, strength: float = _STRENGTH) -> b
     Returns:
         Whether the model is of a type whose parts are known; else it is as it was.
 
-    Source: Xiao et al., SmoothQuant (arXiv 2211.10438), equation 4; here also for what the last matrix of attention and of the feed-forward
-        layer reads.
+    Source: Xiao et al., SmoothQuant (arXiv 2211.10438), equation 4, here also for what the last matrix of attention and of the feed-forward
+        layer reads. Sizes are root mean squares, of inputs each divided by its token's, not the largest: a token has a scale of its own, so
+        that the few with huge channels do not decide for all. What `down_proj` gives in 8 bits, in a tuned SmolLM2-135M, is off by 2.1 % of
+        its norm (mean over tokens and layers), by 3.4 % with the largest sizes at their best strength, 0.65, and by 3.2 % without.
     """
     if model.config.model_type not in _TYPES:
         return False
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     pairs = [pair for layer in model.get_decoder().layers for pair in _pairs(layer)]
-    with _largest_inputs([readers[0] for _, readers, _ in pairs]) as largest:
+    with _mean_squares([readers[0] for _, readers, _ in pairs]) as inputs:
         for prompt, target in rows:
             model(**inputs_of(prompt, target, False, model.device))
     for maker, readers, head in pairs:
-        _move(maker, readers, head, largest[readers[0]], strength)
+        _move(maker, readers, head, inputs[readers[0]] / len(rows), strength)
     model.to("cpu")
     return True
 
@@ -58,12 +59,12 @@ def _pairs(layer: Any) -> Iterator[tuple[Any, list[nn.Linear], int]]:
     yield forward.up_proj, [forward.down_proj], 1
 
 
-def _move(maker: Any, readers: Sequence[nn.Linear], head: int, largest: Tensor, strength: float) -> None:
-    columns = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
+def _move(maker: Any, readers: Sequence[nn.Linear], head: int, inputs: Tensor, strength: float) -> None:
+    columns = torch.cat([reader.weight for reader in readers]).square().mean(0)
     # Heads that share values read the same channel: [groups, heads of a group, channels of a head].
     shape = (maker.weight.shape[0] // head, -1, head)
-    largest, columns = (values.view(shape).amax(1, keepdim=True).clamp(min=_SMALLEST) for values in (largest, columns))
-    scale = largest**strength / columns ** (1 - strength)
+    inputs, columns = (squares.view(shape).mean(1, keepdim=True).sqrt().clamp(min=_SMALLEST) for squares in (inputs, columns))
+    scale = inputs**strength / columns ** (1 - strength)
     for values in (maker.weight, getattr(maker, "bias", None)):
         if values is not None:
             values.div_(scale.view(-1, *[1] * (values.dim() - 1)))
@@ -72,12 +73,13 @@ def _move(maker: Any, readers: Sequence[nn.Linear], head: int, largest: Tensor, 
 
 
 @contextmanager
-def _largest_inputs(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside, the largest size of each channel of what each layer is fed."""
+def _mean_squares(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Inside, the sum over rows of the mean over tokens of each channel's square, as a share of the token's, of what each layer is fed."""
     found: dict[nn.Module, Tensor] = {layer: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[layer] = torch.maximum(found[layer], inputs[0].abs().flatten(0, -2).amax(0))
+        squares = inputs[0].flatten(0, -2).square()
+        found[layer] += (squares / squares.mean(1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)).mean(0)
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
