@@ -26,7 +26,7 @@ _HEAD_BYTES = 2**30
 _SLICE = 2**25
 """All of `train.teacher`: tokens of prompts, and of sequences to score, in one forward; the most that logits take; numbers in fp32."""
 _WORKSPACES = 3
-"""Streams that multiply matrices: plain passes, the recording of a step, and its replay (as measured: 100.7 MB)."""
+"""Streams that multiply matrices: plain passes, the recording of a step, and its replay (as measured: 100.7 MB); counted on CPUs, too."""
 _SLICES = 2
 """Slices in fp32 beside each other while logits become soft labels."""
 _FREE_SHARE = 0.85
@@ -102,7 +102,7 @@ def scoring_memory(model: Architecture, how: Inference) -> Memory:
 
 
 def _held(model: Architecture, how: Inference, gathered: int | None = None) -> Memory:
-    """What lasts, and under ZeRO-3 the parameters that are gathered whole: a layer, and the next one while it runs; or the head."""
+    """What lasts, and under ZeRO-3 so many parameters that are gathered whole: where None, twice a layer or the head, the larger."""
     if how.sharding != "zero3":
         gathered = 0
     elif gathered is None:

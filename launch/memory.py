@@ -15,8 +15,8 @@ CONTEXT_BYTES = 900_000_000
 Source: 0.79 to 0.88 GB on an H200, torch 2.11 (tests/bench/memory.py).
 """
 WORKSPACE_BYTES = 2**25
-"""Of a GPU's memory that torch allocates for each handle of cuBLAS: 32 MiB on an H100 or H200, 8 on an A100. Threads and streams that
-multiply matrices have one each.
+"""Of a GPU's memory that torch allocates for each handle of cuBLAS: 32 MiB on an H100 or H200, which all are taken for, 8 on an A100.
+Threads and streams that multiply matrices have one each.
 
 Source: torch 2.11, aten/src/ATen/cuda/CublasHandlePool.cpp; what stays allocated after a case of tests/bench/memory.py.
 """

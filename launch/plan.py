@@ -35,7 +35,7 @@ class TeacherPlan:
 
     sharding: Literal["replica", "tensor", "zero3"]
     tensor_degree: int
-    """Processes that hold one copy between them, each a slice of every matrix; 1 unless `sharding` is tensor."""
+    """Processes that hold one copy between them, each a slice of every matrix but the embedding; 1 unless `sharding` is tensor."""
     replicas: int
     """Whole copies that work side by side."""
     weight_bytes_per_gpu: int

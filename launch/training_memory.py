@@ -27,7 +27,7 @@ _CHUNK_BYTES = 256 * 2**20
 _CHUNKS_A_PRODUCT = 4
 """Both of `train.head_loss`."""
 _WORKSPACES = 2
-"""The forward pass multiplies in one thread, the backward pass in another."""
+"""The forward pass multiplies in one thread, the backward pass in another; counted on CPUs, too, which have none."""
 _LIVE_CHUNKS = 7
 """Chunks in fp32 beside each other where a live teacher's distribution meets the student's: values, log-probabilities of both, their
 gradient and what it is made of (`train.loss_gradients`)."""

@@ -403,7 +403,7 @@ class InferenceModel:
     """One process of each group writes its results."""
     world: World
     degree: int = 1
-    """Processes that hold one copy between them, each a slice of every matrix."""
+    """Processes that hold one copy between them, each a slice of every matrix but the embedding."""
     group: distributed.ProcessGroup | None = None
     """Those processes; None where `degree` is 1."""
 
@@ -431,8 +431,8 @@ def place_for_inference(
 ) -> InferenceModel:
     """Lays a model out for inference: in eval mode, without gradients or optimizer states. Every process must call it.
 
-    replica: a copy on each device, no communication. tensor: DeepSpeed AutoTP splits every matrix over the processes of a node, and each
-    such group is a copy. zero3: each process keeps a share of every parameter, gathered layer by layer.
+    replica: a copy on each device, no communication. tensor: DeepSpeed AutoTP splits all matrices but the embedding over the processes of a
+    node, and each such group is a copy. zero3: each process keeps a share of every parameter, gathered layer by layer.
 
     Args:
         model: on the CPU.

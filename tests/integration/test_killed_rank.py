@@ -20,7 +20,6 @@ import pytest
 import yaml
 
 from launch.hardware import detect
-from launch.rundir import read_stages
 
 Start = Callable[..., subprocess.Popen[str]]
 NUM_GPUS = len(detect())
@@ -58,9 +57,13 @@ def saved(folder: Path) -> list[Path]:
     return list((folder / "runs").glob(f"*/{TRAINING}-*/state/resume.json"))
 
 
+def log(folder: Path) -> list[dict[str, float]]:
+    [path] = (folder / "runs").glob(f"*/{TRAINING}-*/log.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[float]:
-    log = read_stages(folder / "runs" / "tiny")[TRAINING] / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = log(folder)
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)), "every step once"
     return [line["loss"] for line in lines if "loss" in line]
@@ -77,8 +80,10 @@ def goes_on(start: Start, folder: Path, config: dict[str, Any], processes: int) 
         "what is done is kept: the same command goes on from there",
     ]
     resumed = json.loads(saved(folder)[0].read_text())["step"]
-    assert resumed > 0
+    before = [line for line in log(folder) if line["step"] <= resumed]
+    assert resumed > 0 and any("tokens_per_second" in line for line in before)
     run(start, folder, config)
+    assert log(folder)[: len(before)] == before, "their speeds, too: these steps were not done again"
     return losses(folder / "whole"), losses(folder)
 
 

@@ -284,7 +284,7 @@ def predicted(row: dict[str, Any]) -> Memory:
 
 @pytest.mark.parametrize("case", ROWS)
 def test_a_gpu_needs_what_is_predicted(case: str) -> None:
-    assert predicted(ROWS[case]).allocated == pytest.approx(ROWS[case]["peak_bytes"], rel=0.1)
+    assert predicted(ROWS[case]).allocated == pytest.approx(ROWS[case]["peak_bytes"], rel=0.1 if ROWS[case]["kind"] == "training" else 0.02)
 
 
 def test_recorded_passes_take_what_torch_reserved() -> None:
