@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from launch.local import worker_environment
 from launch.pipeline import PRUNED, TASK
 from launch.rundir import locked, read_stages
 from train.artifacts import ARTIFACT, write_json
+from train.cores import usual_threads
 from train.evaluate import REQUEST, EvalRequest, command
 from train.progress import StageProgress
 from train.runtimes import Device, device_for, model_bytes
@@ -82,7 +82,7 @@ def bench(
     for rung in rungs:
         if rung not in requests:
             raise ValueError(f"--rung is {rung}, but {folder} has {', '.join(requests)} (a teacher's records are not served)")
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or cpu_count())
+    threads = threads or usual_threads()
     chosen = {name: request for name, request in requests.items() if name in (rungs or requests)}
     found: dict[str, list[Serving]] = {name: [] for name in chosen}
     lost: dict[str, str] = {}

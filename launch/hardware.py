@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cgroups import cpu_limit, memory_limit
+from train.cgroups import memory_limit
+from train.cores import cpu_count
 from train.gpus import GPUS, Gpu, known_gpu
 
 __all__ = ["GPUS", "DetectedGpu", "Gpu", "cpu_count", "detect", "known_gpu", "memory_bytes"]
@@ -65,12 +66,6 @@ def _named(rows: Sequence[list[str]], device: str) -> list[str] | None:
 def _gpu_memory_bytes(cell: str) -> int:
     # A chip that shares the machine's memory has none of its own to report, and answers [N/A].
     return int(cell) * 2**20 if cell.isdecimal() else memory_bytes() or 0
-
-
-def cpu_count() -> int:
-    """Cores that this process may run on, and gets the time of: more threads would wait for each other."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(bound, cpu_limit() or bound)
 
 
 def memory_bytes() -> int | None:

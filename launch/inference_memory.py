@@ -98,17 +98,21 @@ def scoring_memory(model: Architecture, how: Inference) -> Memory:
     rows = min(how.rows, how.scored, max(1, _HEAD_BYTES // (size * model.vocabulary)))
     logits = Memory(head=size * rows * model.vocabulary + 4 * _SLICES * _SLICE, activations=2 * size * model.width * how.scored)
     layer = Memory(activations=_layer(model, how, how.scored))
-    return fullest([_held(model, how, gathered=2 * model.layer) + layer, _held(model, how, gathered=model.embedding) + logits])
+    return _lasting(model, how) + fullest([_gathered(model, how, 2 * model.layer) + layer, _gathered(model, how, model.embedding) + logits])
 
 
-def _held(model: Architecture, how: Inference, gathered: int | None = None) -> Memory:
-    """What lasts, and under ZeRO-3 so many parameters that are gathered whole: where None, twice a layer or the head, the larger."""
-    if how.sharding != "zero3":
-        gathered = 0
-    elif gathered is None:
-        gathered = 2 * max(model.layer, model.embedding)
-    whole = weight_bytes(min(model.parameters, gathered), how.precision)
-    return Memory(weights=teacher_weights(model, how), buffers=whole + _WORKSPACES * WORKSPACE_BYTES)
+def _lasting(model: Architecture, how: Inference) -> Memory:
+    return Memory(weights=teacher_weights(model, how), buffers=_WORKSPACES * WORKSPACE_BYTES)
+
+
+def _gathered(model: Architecture, how: Inference, parameters: int) -> Memory:
+    """What ZeRO-3 holds whole of so many parameters at once: of a layer, and the next one while it runs, or of the head."""
+    return Memory(buffers=weight_bytes(min(model.parameters, parameters), how.precision) if how.sharding == "zero3" else 0)
+
+
+def _held(model: Architecture, how: Inference) -> Memory:
+    """While it writes, where the next layer may be the head."""
+    return _lasting(model, how) + _gathered(model, how, 2 * max(model.layer, model.embedding))
 
 
 def _layer(model: Architecture, how: Inference, tokens: int) -> int:

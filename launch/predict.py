@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from data.prompts import label_of
-from launch.hardware import cpu_count
 from launch.rundir import read_stages
 from train.artifacts import ARTIFACT, DeployedModel
+from train.cores import usual_threads
 from train.runtimes import RuntimeKind, answers, open_runtime
 
 
@@ -35,8 +34,7 @@ def predict(folder: Path, inputs: Sequence[str], target: str | None) -> list[str
         raise ValueError("an input is empty: give the text to answer, or `-` to read one a line from standard input")
     made = done[target] if target is not None else list(done.values())[-1]
     artifact = DeployedModel.read(made)
-    threads = int(os.environ.get("OMP_NUM_THREADS") or cpu_count())
-    runtime = open_runtime(cast(RuntimeKind, artifact.runtime), made / "model", device="auto", dtype="float32", threads=threads)
+    runtime = open_runtime(cast(RuntimeKind, artifact.runtime), made / "model", device="auto", dtype="float32", threads=usual_threads())
     part, most = runtime.format.part, runtime.format.max_answer_tokens
     texts = answers(runtime, inputs, part, batch_size=32, max_new_tokens=most)
     return [label if (label := label_of(text, part)) is not None else text for text in texts]

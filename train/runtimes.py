@@ -5,7 +5,6 @@ Nothing heavy is imported here: a process that serves a deployed file must not p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -35,11 +34,6 @@ def device_for(kind: str, device: Device) -> Device:
         device: that was asked for.
     """
     return "auto" if device == "cuda" and kind in _BUILT_FOR_CPUS else device
-
-
-def usual_threads() -> int:
-    """Of the CPU: OMP_NUM_THREADS, or all cores that this process may run on."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 class Runtime(Protocol):

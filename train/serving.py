@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from data.prompts import Part
+from train.cores import usual_threads
 from train.progress import StageProgress
-from train.runtimes import Device, Runtime, RuntimeKind, answers, open_runtime, usual_threads
+from train.runtimes import Device, Runtime, RuntimeKind, answers, open_runtime
 
 TIMED_BATCH_SIZES = (1, 32)
 TIMED_PROMPTS = 32

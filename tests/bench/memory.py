@@ -281,9 +281,7 @@ class Bench:
 def train_case(bench: Bench, case: Training, memory: Memory) -> None:
     """A few steps of the one training loop."""
     world, tokens = bench.world, 800 if bench.tiny else case.config["micro_batch_tokens"]
-    label, rationale = (FORM.max_input_tokens + n - 1 for n in (FORM.max_label_tokens, FORM.max_rationale_tokens))
-    rows_a_forward = max(1, tokens // (label + rationale))
-    batch_size = rows_a_forward * case.forwards * world.size
+    batch_size = rows_a_forward(tokens) * case.forwards * world.size
     settings = {**case.config, "micro_batch_tokens": tokens, "batch_size": batch_size, "epochs": 1, "learning_rate": 1e-5}
     if bench.world.device.type == "cpu":
         settings["compile"] = "off"
@@ -303,20 +301,37 @@ def train_case(bench: Bench, case: Training, memory: Memory) -> None:
         live = LiveTeacher(built(bench_shape(bench), world.device, torch.bfloat16).eval().requires_grad_(False))
     memory.note("loaded")
 
-    def open_engine(*arguments: Any) -> TrainEngine:
-        engine = opened(*arguments)
+    def watched(engine: Any) -> None:
         memory.note("wrapped")
         watch(engine, memory)
+
+    train(student, run, world, watched, live)
+    memory.note("released")
+
+
+def rows_a_forward(tokens: int) -> int:
+    """Rows of `made_rows` that a forward of so many tokens takes."""
+    label, rationale = (FORM.max_input_tokens + n - 1 for n in (FORM.max_label_tokens, FORM.max_rationale_tokens))
+    return max(1, tokens // (label + rationale))
+
+
+def train(
+    student: LlamaForCausalLM, run: trainer.TrainingRun, world: World, watched: Callable[[Any], None], live: LiveTeacher | None = None
+) -> None:
+    """The one training loop, tracked by nobody; its engine is shown to `watched` first."""
+
+    def open_engine(*arguments: Any) -> TrainEngine:
+        engine = opened(*arguments)
+        watched(engine)
         return engine
 
     def tracker(step: int) -> Tracker:
         off = TrackingConfig(wandb="disabled")
-        return Tracker(bench.folder, off, group="bench", job_type="train", settings={}, enabled=False, from_step=step)
+        return Tracker(run.folder, off, group="bench", job_type="train", settings={}, enabled=False, from_step=step)
 
     opened = trainer.open_engine  # type: ignore[attr-defined]
     with replaced(trainer, "open_engine", open_engine):
         trainer.train(student, run, world, tracker, InMemory(), live=live)
-    memory.note("released")
 
 
 def bench_shape(bench: Bench) -> Shape:
@@ -454,6 +469,24 @@ def attempted(bench: Bench, name: str, work: Work) -> dict[str, Any]:
     return {**row, **found, "error": error}
 
 
+def in_turn(names: list[str], measure: Callable[[str], dict[str, Any]], world: World, out: Path) -> list[dict[str, Any]]:
+    """The rows of all cases and processes, which the main one writes, its own after each case: the next might end it."""
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        rows.append(measure(name))
+        if world.is_main:
+            write(rows, world, out)
+        world.barrier()
+    rows = gathered(rows, world)
+    if world.is_main:
+        write(rows, world, out)
+    return rows
+
+
+def write(rows: list[dict[str, Any]], world: World, out: Path) -> None:
+    out.write_text(json.dumps({"machine": machine(world), "rows": rows}, indent=1))
+
+
 def gathered(rows: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
     if world.size == 1:
         return rows
@@ -512,19 +545,12 @@ def main() -> None:
     world = start()
     cases = ONE if world.size == 1 else TWO
     asked = [name.strip() for name in options.cases.split(";")] if options.cases else list(cases)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         shape = TINY if options.tiny else STUDENT
         student = built(shape, world.device, torch.float32).to("cpu")
         bench = Bench(world, Path(folder), options.tiny, student)
-        for name in asked:
-            rows.append(attempted(bench, name, cases[name]))
-            if world.is_main:  # what there is, were the next case to end the process
-                options.out.write_text(json.dumps({"machine": machine(world), "rows": rows}, indent=1))
-            world.barrier()
-    rows = gathered(rows, world)
+        rows = in_turn(asked, lambda name: attempted(bench, name, cases[name]), world, options.out)
     if world.is_main:
-        options.out.write_text(json.dumps({"machine": machine(world), "rows": rows}, indent=1))
         show(rows)
     stop()
 

@@ -36,13 +36,11 @@ from transformers import LlamaForCausalLM
 from launch.architecture import architecture_of
 from launch.inference_memory import Inference, decoding_memory
 from tests.bench import decoding
-from tests.bench.memory import FORM, STUDENT, TEACHER, TINY, Shape, built, gathered, machine, made_rows, replaced, training
+from tests.bench.memory import FORM, STUDENT, TEACHER, TINY, Shape, built, in_turn, made_rows, rows_a_forward, train, training
 from train import trainer
-from train.config import LossConfig, TrackingConfig, TrainingConfig
-from train.engine import TrainEngine, place_for_inference, start, stop
-from train.keepers import InMemory
+from train.config import LossConfig, TrainingConfig
+from train.engine import place_for_inference, start, stop
 from train.teacher.fusing import fuse
-from train.tracking import Tracker
 from train.world import World
 
 LARGE = Shape(8192, 80, 64, 8, 28672, 128256, False)
@@ -133,8 +131,7 @@ def trained(bench: Bench, case: Training) -> dict[str, Any]:
     """A few steps of the one training loop."""
     world, tokens = bench.world, 800 if bench.tiny else TOKENS
     forwards = case.forwards // world.size if case.shared else case.forwards
-    label, rationale = (FORM.max_input_tokens + n - 1 for n in (FORM.max_label_tokens, FORM.max_rationale_tokens))
-    batch_size = max(1, tokens // (label + rationale)) * forwards * world.size
+    batch_size = rows_a_forward(tokens) * forwards * world.size
     off = case.zero_stage == 3 or world.device.type == "cpu"
     settings = training(zero_stage=case.zero_stage, micro_batch_tokens=tokens, compile="off" if off else "layers")
     config = TrainingConfig.model_validate({**settings, "batch_size": batch_size, "epochs": 1, "learning_rate": 1e-5})
@@ -143,8 +140,7 @@ def trained(bench: Bench, case: Training) -> dict[str, Any]:
     ends: list[float] = []
     read = 0
 
-    def open_engine(*arguments: Any) -> TrainEngine:
-        engine: Any = opened(*arguments)
+    def watched(engine: Any) -> None:
         step, forward = engine.step, engine.forward
 
         def timed(*arguments: Any) -> Any:
@@ -161,15 +157,8 @@ def trained(bench: Bench, case: Training) -> dict[str, Any]:
         engine.step, engine.forward = timed, counted
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return engine
 
-    def tracker(step: int) -> Tracker:
-        none = TrackingConfig(wandb="disabled")
-        return Tracker(bench.folder, none, group="bench", job_type="train", settings={}, enabled=False, from_step=step)
-
-    opened = trainer.open_engine  # type: ignore[attr-defined]
-    with replaced(trainer, "open_engine", open_engine):
-        trainer.train(copy.deepcopy(bench.student), run, world, tracker, InMemory())
+    train(copy.deepcopy(bench.student), run, world, watched)
     between = [after - before for before, after in pairwise(ends)][WARM_STEPS - 1 :]
     seconds = statistics.median(between[:TIMED_STEPS])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -228,18 +217,11 @@ def main() -> None:
     asked = [name.strip() for name in options.cases.split(";")] if options.cases else list(known)
     limits = decoding.Bench(world, options, [])
     decoding.ceilings(limits)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         student = built(TINY if options.tiny else STUDENT, world.device, torch.float32).to("cpu")
         bench = Bench(world, Path(folder), options.tiny, student, limits.bandwidth)
-        for name in asked:
-            rows.append(attempted(bench, name, known[name]))
-            if world.is_main:  # what there is, were the next case to end the process
-                options.out.write_text(json.dumps({"machine": machine(world), "rows": rows}, indent=1))
-            world.barrier()
-    rows = gathered(rows, world)
+        in_turn(asked, lambda name: attempted(bench, name, known[name]), world, options.out)
     if world.is_main:
-        options.out.write_text(json.dumps({"machine": machine(world), "bandwidth": limits.bandwidth, "rows": rows}, indent=1))
         show([options.out])
     stop()
 

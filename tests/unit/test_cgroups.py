@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import cgroups, hardware
+from launch import hardware
+from train import cgroups
+from train.cores import usual_threads
 
 
 @pytest.fixture
@@ -69,3 +71,12 @@ def test_the_machine_is_no_more_than_its_container_gets(groups: Path, monkeypatc
     assert hardware.memory_bytes() == 512_000
     write(groups / "memory.max", "9223372036854771712")
     assert hardware.memory_bytes() == 1_024_000
+
+
+def test_threads_are_what_the_environment_says_or_one_a_core(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert usual_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert usual_threads() == hardware.cpu_count()
+    write(groups / "cpu.max", "100000 100000")
+    assert usual_threads() == 1

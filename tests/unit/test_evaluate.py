@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from data.store import shard_path, write_shard
 from train import serving
 from train.artifacts import EvalResult, Records
 from train.evaluate import Answer, EvalRequest, command, main, run, score, timed
-from train.runtimes import TransformersRuntime, answers, device_for, model_bytes, open_runtime, pad, until, usual_threads
+from train.runtimes import TransformersRuntime, answers, device_for, model_bytes, open_runtime, pad, until
 from train.serving import peak_resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,13 +251,6 @@ def test_a_model_is_timed_alone(request_: EvalRequest, parrot: dict[str, Any], t
 def test_engines_built_for_cpus_take_a_gpu_where_they_can() -> None:
     assert [device_for(kind, "cuda") for kind in ("transformers", "ctranslate2", "llama_cpp", "onnx")] == ["cuda", "cuda", "auto", "auto"]
     assert device_for("onnx", "cpu") == "cpu"
-
-
-def test_threads_are_what_the_environment_says_or_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert usual_threads() == 3
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert usual_threads() == len(os.sched_getaffinity(0))
 
 
 def test_peak_memory_is_what_the_kernel_counts() -> None:

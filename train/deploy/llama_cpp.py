@@ -18,9 +18,10 @@ import numpy as np
 import xllamacpp
 from numpy.typing import NDArray
 
+from train.cores import usual_threads
 from train.deploy.targets import GGUF_FILE
 from train.deploy.tokens import Tokens
-from train.runtimes import until, usual_threads
+from train.runtimes import until
 
 Device = Literal["auto", "cpu", "cuda"]
 _ALL = 1 << 24
