@@ -153,7 +153,7 @@ def work(options: argparse.Namespace) -> None:
     _, data = loaded(options, str(options.model))
     tuned, _, _ = load_folder(options.model, dtype=torch.float32)
     if options.tiny:
-        options.batch_size, options.epochs = 8, 1.0
+        options.batch_size, options.epochs, options.compile = 8, 1.0, "off"
         tuned.model.layers = tuned.model.layers[:2]
         tuned.config.num_hidden_layers = 2
     tasks = [("whole", None, None)]

@@ -140,24 +140,28 @@ def _converter(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return FolderConverter(str(folder))
 
 
+def missing_library() -> str | None:
+    """What the engine lacks to multiply on the GPU that is here, which it finds out only when it first does; None without a GPU."""
+    if not ctranslate2.get_cuda_device_count():
+        return None
+    try:
+        ctypes.CDLL(_CUBLAS)
+    except OSError:
+        return f"{_CUBLAS}, which is not found: pip install nvidia-cublas-cu12 and put its lib folder on LD_LIBRARY_PATH"
+    return None
+
+
 def _usable(device: Device) -> Device:
-    """The device, if the engine can multiply there: it finds out only when it first does, and fails then.
+    """The device; of auto the CPU, where the engine cannot use the GPU.
 
     Raises:
         RuntimeError: if device is cuda and its library is missing.
     """
-    if device == "cpu" or not ctranslate2.get_cuda_device_count():
+    if device == "cpu" or not (missing := missing_library()):
         return device
-    try:
-        ctypes.CDLL(_CUBLAS)
-    except OSError:
-        if device == "cuda":
-            raise RuntimeError(
-                f"device is cuda, but CTranslate2 needs {_CUBLAS}, which is not found: pip install nvidia-cublas-cu12 and put its lib "
-                "folder on LD_LIBRARY_PATH, or choose device cpu"
-            ) from None
-        return "cpu"
-    return device
+    if device == "cuda":
+        raise RuntimeError(f"device is cuda, but CTranslate2 needs {missing}, or choose device cpu")
+    return "cpu"
 
 
 class Ctranslate2Runtime(Tokens):
