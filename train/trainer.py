@@ -68,6 +68,8 @@ class TrainingRun:
     """Prunes on the way; the best model is one of those that have lost all they should."""
     criterion: Criterion = "exact_match"
     """What the best model has most of, or least: exact matches mean little where a target is a whole solution."""
+    began: float | None = None
+    """`time.monotonic()` of when the stage began to load its model: its seconds are counted from there. None: from the training's start."""
 
     @property
     def order(self) -> Order:
@@ -135,6 +137,7 @@ class Trained:
     steps: int
     best: Best
     seconds: float
+    """Over all starts, each until its last saved state."""
 
 
 def train(
@@ -167,7 +170,7 @@ def train(
         RuntimeError: on a loss or gradient that is not finite, with nothing updated since, on every process.
         Stopped: after SIGTERM or SIGUSR1, with the state saved, on every process.
     """
-    started, config = time.monotonic(), run.config
+    started, config = time.monotonic() if run.began is None else run.began, run.config
     batches = _Batches(run, world, can_pack(model, run.text_format, key), getattr(model.config, "decoder_start_token_id", None) or 0)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -251,6 +254,7 @@ def train_checkpoint(
 
     keeper = ModelFolders(run.folder, world, export)
     trained = train(model, replace(run, vocabulary=len(tokenizer)), world, open_tracker, keeper, live=live, key=f"{key}.model")
+    ended = time.monotonic()
     keeper.finish(trained.best.step)
     return Checkpoint(
         family=run.text_format.family,
@@ -264,7 +268,7 @@ def train_checkpoint(
         max_label_tokens=run.text_format.max_label_tokens,
         max_rationale_tokens=run.text_format.max_rationale_tokens,
         processes=world.size,
-        seconds=trained.seconds,
+        seconds=trained.seconds + time.monotonic() - ended,
     )
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,19 @@ def log_of(given: TrainingRun) -> list[dict[str, Any]]:
 def validations(given: TrainingRun) -> list[tuple[int, float, float]]:
     lines = [line for line in log_of(given) if "validation_loss" in line]
     return [(line["step"], -line["validation_exact_match"], line["validation_loss"]) for line in lines]
+
+
+# Time
+
+
+def test_its_seconds_are_those_of_all_starts_from_when_the_stage_began_to_load(tmp_path: Path) -> None:
+    def started() -> TrainingRun:
+        return dataclasses.replace(run(tmp_path), began=time.monotonic() - 1000)
+
+    with pytest.raises(Stopped):
+        trained(tiny(), started(), lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
+    assert 2000 < trained(tiny(), started()).seconds < 3000
+    assert trained(tiny(), run(tmp_path / "new")).seconds < 1000
 
 
 # Patience

@@ -5,6 +5,7 @@ load -> prune (train/pruning/once.py), or masks that the training holds and tigh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def run(
     Raises:
         ValueError: if the model cannot be pruned so, or no row has a target.
     """
-    settings = config.prune
+    began, settings = time.monotonic(), config.prune
     assert settings is not None
     model, tokenizer, form = load_folder(trained_folder / "model", dtype=torch.float32)
     loss = settings.loss or loss
@@ -73,9 +74,9 @@ def run(
     if not settings.epochs:
         prune(model, settings, samples, KEY)
         made = _saved(model, tokenizer, form, trained, folder, world)
-        return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=0.0), folder, world)
+        return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=time.monotonic() - began), folder, world)
     own_seed = seed if config.seed is None else config.seed
-    training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, "recover from pruning")
+    training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, "recover from pruning", began=began)
     masks = masks_of(model, settings, samples, training.num_steps)
     if masks is None:
         prune(model, settings, samples, KEY)

@@ -5,6 +5,7 @@ load -> round the matrices on every forward (train/grids.py) -> train -> put the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def run(
     Raises:
         ValueError: if the target cannot hold such a model, or no row has a target.
     """
+    began = time.monotonic()
     model, tokenizer, form = load_folder(source / "model", dtype=torch.float32)
     loss = settings.loss or recovery_loss(config.loss)
     if loss.soft and loss.teacher == "live":
@@ -66,7 +68,7 @@ def run(
     grids = grids_of(model)
     own_seed = seed if config.seed is None else config.seed
     masks = _zeros_stay(model, grids)
-    training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, title, masks=masks)
+    training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, title, masks=masks, began=began)
     live = live_teacher(recovering, inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     with rounding(model, grids):
         made = train_checkpoint(model, tokenizer, training, world, open_tracker, counts, live=live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,13 +75,14 @@ def run(
     Raises:
         ValueError: where no row has a target, or soft labels of tokens meet another vocabulary.
     """
+    began = time.monotonic()
     tokenizer = load_tokenizer(config.model, texts=vocabulary_texts(inputs.task.train), folder=inputs.teacher)
     student_seed = seed if config.seed is None else config.seed
     model = load_student(config, inputs, tokenizer, seed=student_seed)
     form = student_format(config, tokenizer, family_of(model))
     rows, validation, counts = prepare_rows(config, loss, inputs, tokenizer, form, seed=seed)
     live = live_teacher(config, inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
-    training = TrainingRun(rows, validation, form, config, loss, student_seed, folder, title)
+    training = TrainingRun(rows, validation, form, config, loss, student_seed, folder, title, began=began)
     return train_checkpoint(model, tokenizer, training, world, open_tracker, counts, live=live)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: 
     Raises:
         ValueError: if it should, and no training row has one.
     """
+    began = time.monotonic()
     assert config.model is not None
     assert config.tune is not None
     if solved and not any(example.rationale for example in task.train):
@@ -55,5 +57,5 @@ def run(config: TeacherConfig, task: Task, folder: Path, world: World, *, seed: 
     validation = RowBuilder(form, encoder(tokenizer)).solution_rows(task.validation)
     # A solution is one target, so its loss is one mean: the label's. That the whole of it comes out word for word is rare luck.
     loss = LossConfig(label=1.0, rationale=0.0)
-    training = TrainingRun(rows, validation, form, config.tune, loss, seed, folder, "tune the teacher", criterion="loss")
+    training = TrainingRun(rows, validation, form, config.tune, loss, seed, folder, "tune the teacher", criterion="loss", began=began)
     return train_checkpoint(model, tokenizer, training, world, open_tracker, builder.counts)
