@@ -38,6 +38,11 @@ from train.engine import uses_cuda
 from train.told import status_of
 sys.exit(status_of(lambda: uses_cuda("auto", int(sys.argv[1]))))
 """
+_ASK_CTRANSLATE2 = """
+import sys
+from train.deploy.ctranslate2 import missing_library
+sys.exit(missing_library())
+"""
 _MARKS = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
 
 
@@ -67,6 +72,7 @@ def checks(folder: Path = Path("runs")) -> list[Check]:
         *[extra_check(name, purpose, project.extras[name]) for name, purpose in _EXTRAS.items()],
         *device_checks(gpus, _installed("torch")),
         *torch_checks(len(gpus), _installed("torch")),
+        *ctranslate2_checks(len(gpus), _installed("ctranslate2")),
         *compiler_checks(),
         wandb_check(os.environ, Path.home()),
         disk_check(folder),
@@ -176,6 +182,17 @@ def torch_checks(gpus: int, torch_version: str | None) -> list[Check]:
     except RuntimeError as error:
         return [Check("torch on GPU", False, torch_version, str(error))]
     return [Check("torch on GPU", True, torch_version, "")]
+
+
+def ctranslate2_checks(gpus: int, installed: str | None) -> list[Check]:
+    """Whether CTranslate2 can serve on the GPUs, asked in a process of its own; nothing to say without GPUs."""
+    if not gpus or installed is None:
+        return []
+    try:
+        run_told([sys.executable, "-c", _ASK_CTRANSLATE2], "ctranslate2", {**os.environ, "PYTHONSAFEPATH": "1"})
+    except RuntimeError as error:
+        return [Check("ctranslate2 on GPU", None, "serves on the CPU", f"on the GPU it needs {error}")]
+    return [Check("ctranslate2 on GPU", True, installed, "")]
 
 
 def _gpu_check(gpu: DetectedGpu, number: int) -> Check:

@@ -216,6 +216,17 @@ def test_a_torch_that_cannot_open_the_gpus_is_broken(monkeypatch: pytest.MonkeyP
     assert doctor.torch_checks(2, "9.9+cpu") == [], "another check tells of it"
 
 
+def test_ctranslate2_is_asked_whether_it_can_serve_on_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.ctranslate2_checks(0, "4.8") == doctor.ctranslate2_checks(2, None) == []
+    asked, gpus = doctor._ASK_CTRANSLATE2, "import ctranslate2\nctranslate2.get_cuda_device_count = lambda: "
+    monkeypatch.setattr(doctor, "_ASK_CTRANSLATE2", f"{gpus}0\n{asked}")
+    assert doctor.ctranslate2_checks(2, "4.8") == [Check("ctranslate2 on GPU", True, "4.8", "")]
+    library = "import train.deploy.ctranslate2 as own\nown._CUBLAS = 'libnone.so'"
+    monkeypatch.setattr(doctor, "_ASK_CTRANSLATE2", f"{gpus}1\n{library}\n{asked}")
+    advice = "on the GPU it needs libnone.so, which is not found: pip install nvidia-cublas-cu12 and put its lib folder on LD_LIBRARY_PATH"
+    assert doctor.ctranslate2_checks(2, "4.8") == [Check("ctranslate2 on GPU", None, "serves on the CPU", advice)]
+
+
 def test_a_gpu_without_bf16_is_noted() -> None:
     _, gpu = doctor.device_checks([DetectedGpu("Tesla T4", 15360 * 2**20)], None)
     assert (gpu.ok, gpu.advice) == (None, "it has no bf16 arithmetic: set precision: fp32")
