@@ -40,8 +40,8 @@ sys.exit(status_of(lambda: uses_cuda("auto", int(sys.argv[1]))))
 """
 _ASK_CTRANSLATE2 = """
 import sys
-from train.deploy.ctranslate2 import missing_library
-sys.exit(missing_library())
+from train.deploy.ctranslate2 import lacks_for_gpu
+sys.exit(lacks_for_gpu())
 """
 _MARKS = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
 

@@ -32,7 +32,7 @@ from launch.widths import check_widths
 from train.artifacts import Checkpoint, DeployedModel, EvalResult, Records, TaskFiles
 from train.deploy.request import DeployRequest
 from train.deploy.request import command as deploy_command
-from train.deploy.targets import Target, check_installed, check_possible, module_of, target_of
+from train.deploy.targets import check_installed, check_possible, target_of
 from train.evaluate import REQUEST, EvalRequest, command
 from train.runtimes import device_for
 from train.signals import PARENT, SIGNALS, STOPPED, handling
@@ -107,16 +107,13 @@ def run_pipeline(config: Config, console: Console, until: str = "evaluate") -> l
 
 
 def check_targets(config: Config, wanted: Sequence[Stage]) -> None:
-    """Before a student is trained for hours, that its files can be made here, of its family and sizes as far as known, and served."""
+    """Before a student is trained for hours, that its files can be made: of its family and sizes, as far as they are known, and here."""
     shape, prune = shape_here(config.student.model, config.teacher.model), config.student.prune
     family = shape.family if shape is not None else family_of(config.student.model, config.teacher.model)
     keeps_sizes = prune is None or prune.makes_zeros
     for stage in wanted:
-        target = target_of(stage.detail) if stage.kind in ("deploy", "evaluate") and not stage.is_done else None
+        target = target_of(stage.detail) if stage.kind == "deploy" and not stage.is_done else None
         if target is None:
-            continue
-        if stage.kind == "evaluate":
-            check_served(target, config)
             continue
         if family is None:
             check_installed(target)
@@ -124,19 +121,6 @@ def check_targets(config: Config, wanted: Sequence[Stage]) -> None:
             check_possible(target, family)
         if shape is not None and keeps_sizes:
             check_widths(target, shape)
-
-
-def check_served(target: Target, config: Config) -> None:
-    """That the engine of a file can use the GPU, where the configuration asks for one.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    if target.format == "ctranslate2" and config.launch.device == "cuda" and (missing := module_of(target).missing_library()):
-        raise ValueError(
-            f"launch.device is cuda, but CTranslate2, which is to serve {target.name}, needs {missing}, or set launch.device to auto: "
-            "it then serves on the CPU, and all else runs on the GPU"
-        )
 
 
 def check_all_made(finished: Sequence[Finished]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -119,12 +120,17 @@ class Checkpoint(Artifact):
     max_rationale_tokens: int
     processes: int = 1
     seconds: float = 0.0
+    """From when each start began to load; of a start that was stopped, until the state it saved last."""
     sparsity: dict[str, list[int]] = field(default_factory=dict)
     """Of a pruned one by kind of matrix: its weights, and how many of them are 0 in the file."""
     layer_sparsity: dict[str, list[int]] = field(default_factory=dict)
     """The same by layer, in their order."""
     compressed_bytes: int | None = None
     """Of a pruned one: what its weights' file takes when it is compressed (zlib)."""
+
+    def plus_since(self, moment: float) -> Checkpoint:
+        """With the seconds since a `time.monotonic()` besides."""
+        return replace(self, seconds=self.seconds + time.monotonic() - moment)
 
 
 @dataclass(frozen=True, slots=True)

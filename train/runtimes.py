@@ -22,8 +22,8 @@ Device = Literal["auto", "cpu", "cuda"]
 RuntimeKind = Literal["transformers", "ctranslate2", "llama_cpp", "onnx", "compressed_tensors"]
 
 
-_BUILT_FOR_CPUS = ("llama_cpp", "onnx")
-"""Engines that are mostly installed without a GPU's part: they take a GPU where they can."""
+_OFTEN_ON_CPUS = ("ctranslate2", "llama_cpp", "onnx")
+"""Engines that often cannot use the GPU that torch uses, for want of a GPU's part or of its CUDA: they take a GPU where they can."""
 
 
 def device_for(kind: str, device: Device) -> Device:
@@ -33,7 +33,7 @@ def device_for(kind: str, device: Device) -> Device:
         kind: a `RuntimeKind`, or what else answers.
         device: that was asked for.
     """
-    return "auto" if device == "cuda" and kind in _BUILT_FOR_CPUS else device
+    return "auto" if device == "cuda" and kind in _OFTEN_ON_CPUS else device
 
 
 class Runtime(Protocol):

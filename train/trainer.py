@@ -137,7 +137,7 @@ class Trained:
     steps: int
     best: Best
     seconds: float
-    """Over all starts, each until its last saved state."""
+    """From when each start began (`TrainingRun.began`); of a start that was stopped, until the state it saved last."""
 
 
 def train(
@@ -268,8 +268,8 @@ def train_checkpoint(
         max_label_tokens=run.text_format.max_label_tokens,
         max_rationale_tokens=run.text_format.max_rationale_tokens,
         processes=world.size,
-        seconds=trained.seconds + time.monotonic() - ended,
-    )
+        seconds=trained.seconds,
+    ).plus_since(ended)
 
 
 @dataclass(frozen=True, slots=True)

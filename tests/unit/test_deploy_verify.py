@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,17 +161,27 @@ def test_a_file_is_opened_by_its_own_runtime_and_described(tmp_path: Path, monke
     assert verify.Verified.read(tmp_path / "found.json") == found
 
 
-def test_ctranslate2_takes_a_gpu_only_with_the_library_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctranslate2_takes_a_gpu_only_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise OSError(name)
 
     monkeypatch.setattr(ctranslate2.ctranslate2, "get_cuda_device_count", lambda: 1)
-    monkeypatch.setattr(ctranslate2.ctypes, "CDLL", missing)
-    assert [ctranslate2._usable(device) for device in ("cpu", "auto")] == ["cpu", "cpu"]
-    with pytest.raises(RuntimeError, match=r"device is cuda, but CTranslate2 needs libcublas.so.12, which is not found: pip install"):
-        ctranslate2._usable("cuda")
     monkeypatch.setattr(ctranslate2.ctypes, "CDLL", lambda name: None)
-    assert [ctranslate2._usable(device) for device in ("auto", "cuda")] == ["auto", "cuda"]
+    assert [ctranslate2._usable(device) for device in ("cpu", "auto", "cuda")] == ["cpu", "auto", "cuda"]
+    monkeypatch.setattr(ctranslate2.ctypes, "CDLL", missing)
+    library = (
+        "device is cuda, but CTranslate2 needs libcublas.so.12, which is not found: pip install nvidia-cublas-cu12 and put its lib folder "
+        "on LD_LIBRARY_PATH, or choose device cpu"
+    )
+    none = (
+        "device is cuda, but CTranslate2 needs a GPU that its CUDA can use, of which it finds none: see nvidia-smi for the driver's "
+        "version, or choose device cpu"
+    )
+    for told in (library, none):
+        assert [ctranslate2._usable(device) for device in ("cpu", "auto")] == ["cpu", "cpu"]
+        with pytest.raises(RuntimeError, match=rf"\A{re.escape(told)}\Z"):
+            ctranslate2._usable("cuda")
+        monkeypatch.setattr(ctranslate2.ctranslate2, "get_cuda_device_count", lambda: 0)
 
 
 def test_calibration_reads_what_the_student_does() -> None:

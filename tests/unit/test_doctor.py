@@ -217,14 +217,23 @@ def test_a_torch_that_cannot_open_the_gpus_is_broken(monkeypatch: pytest.MonkeyP
 
 
 def test_ctranslate2_is_asked_whether_it_can_serve_on_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = doctor._ASK_CTRANSLATE2
+
+    def found(gpus: int, library: str) -> Check:
+        """Where the engine sees so many GPUs, and its library has this name."""
+        changed = (
+            f"import train.deploy.ctranslate2 as own\nown.ctranslate2.get_cuda_device_count = lambda: {gpus}\nown._CUBLAS = '{library}'"
+        )
+        monkeypatch.setattr(doctor, "_ASK_CTRANSLATE2", f"{changed}\n{asked}")
+        [check] = doctor.ctranslate2_checks(2, "4.8")
+        return check
+
     assert doctor.ctranslate2_checks(0, "4.8") == doctor.ctranslate2_checks(2, None) == []
-    asked, gpus = doctor._ASK_CTRANSLATE2, "import ctranslate2\nctranslate2.get_cuda_device_count = lambda: "
-    monkeypatch.setattr(doctor, "_ASK_CTRANSLATE2", f"{gpus}0\n{asked}")
-    assert doctor.ctranslate2_checks(2, "4.8") == [Check("ctranslate2 on GPU", True, "4.8", "")]
-    library = "import train.deploy.ctranslate2 as own\nown._CUBLAS = 'libnone.so'"
-    monkeypatch.setattr(doctor, "_ASK_CTRANSLATE2", f"{gpus}1\n{library}\n{asked}")
-    advice = "on the GPU it needs libnone.so, which is not found: pip install nvidia-cublas-cu12 and put its lib folder on LD_LIBRARY_PATH"
-    assert doctor.ctranslate2_checks(2, "4.8") == [Check("ctranslate2 on GPU", None, "serves on the CPU", advice)]
+    assert found(2, "libc.so.6") == Check("ctranslate2 on GPU", True, "4.8", "")
+    missing = "on the GPU it needs libnone.so, which is not found: pip install nvidia-cublas-cu12 and put its lib folder on LD_LIBRARY_PATH"
+    assert found(2, "libnone.so") == Check("ctranslate2 on GPU", None, "serves on the CPU", missing)
+    none = "on the GPU it needs a GPU that its CUDA can use, of which it finds none: see nvidia-smi for the driver's version"
+    assert found(0, "libc.so.6") == Check("ctranslate2 on GPU", None, "serves on the CPU", none)
 
 
 def test_a_gpu_without_bf16_is_noted() -> None:

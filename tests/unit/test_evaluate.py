@@ -249,7 +249,8 @@ def test_a_model_is_timed_alone(request_: EvalRequest, parrot: dict[str, Any], t
 
 
 def test_engines_built_for_cpus_take_a_gpu_where_they_can() -> None:
-    assert [device_for(kind, "cuda") for kind in ("transformers", "ctranslate2", "llama_cpp", "onnx")] == ["cuda", "cuda", "auto", "auto"]
+    assert [device_for(kind, "cuda") for kind in ("transformers", "compressed_tensors")] == ["cuda", "cuda"]
+    assert [device_for(kind, "cuda") for kind in ("ctranslate2", "llama_cpp", "onnx")] == ["auto", "auto", "auto"]
     assert device_for("onnx", "cpu") == "cpu"
 
 

@@ -14,7 +14,6 @@ from launch.hardware import DetectedGpu
 from launch.local import check_targets
 from launch.pipeline import Stage
 from launch.preflight import check_fits, check_models, check_recorded
-from train.deploy import ctranslate2
 from train.places import Place
 
 SMALL: dict[str, Any] = {"from_scratch": "t5", "d_model": 16, "layers": 1, "heads": 2, "vocabulary": 300}
@@ -201,22 +200,3 @@ def test_a_target_that_a_student_is_too_narrow_for_is_told_before_anything_runs(
     (tmp_path / "deploy").mkdir()
     (tmp_path / "deploy" / "artifact.json").write_text("{}")
     check_targets(*wanted(narrow))
-
-
-def test_a_gpu_that_an_engine_cannot_use_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctranslate2.ctranslate2, "get_cuda_device_count", lambda: 1)
-    monkeypatch.setattr(ctranslate2.ctypes, "CDLL", missing)
-    deployed, answered = (Stage(f"{kind}.ctranslate2-int8", "", tmp_path / kind, "process") for kind in ("deploy", "evaluate"))
-    told = (
-        r"\Alaunch.device is cuda, but CTranslate2, which is to serve ctranslate2-int8, needs libcublas.so.12, which is not found: "
-        r"pip install nvidia-cublas-cu12 and put its lib folder on LD_LIBRARY_PATH, or set launch.device to auto: "
-    )
-    with pytest.raises(ValueError, match=told):
-        check_targets(config(device="cuda"), [deployed, answered])
-    check_targets(config(device="cuda"), [deployed])
-    check_targets(config(device="auto"), [deployed, answered])
-    monkeypatch.setattr(ctranslate2.ctypes, "CDLL", lambda name: None)
-    check_targets(config(device="cuda"), [deployed, answered])

@@ -14,9 +14,12 @@ from data.examples import TaskExample
 from data.records import TeacherRecord
 from data.soft_labels import AnswerDistribution, Sampled, SoftLabels, TopK
 from data.tasks import Task
-from train import models
-from train.config import LossConfig, ScratchModel, StudentConfig
-from train.student import stage
+from train import artifacts, models
+from train.artifacts import Checkpoint
+from train.config import LossConfig, RecoverConfig, ScratchModel, StudentConfig, TeacherConfig
+from train.grids import Grid, matrices
+from train.student import pruning, recovering, stage
+from train.teacher import tune
 from train.tokenization import train_tokenizer
 from train.tracking import Tracker
 from train.trainer import TrainingRun
@@ -247,3 +250,80 @@ def test_the_students_seed_is_of_its_weights_and_its_order(monkeypatch: pytest.M
     weights = [handed.model.get_input_embeddings().weight for handed in (left_out, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+# ----- what it costs -----
+
+
+class Clock:
+    """In place of the module `time`."""
+
+    now = 5000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def student(prune: dict[str, Any] | None = None) -> StudentConfig:
+    return StudentConfig.model_validate({"model": {"from_scratch": "llama", **SMALL}, "learning_rate": 1e-3, "prune": prune})
+
+
+def checkpoint(seconds: float) -> Checkpoint:
+    return Checkpoint("decoder_only", 1, 1, 1, 1, {}, {}, 64, 8, 32, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("name", "prune", "expected"),
+    [
+        ("tune", None, 1010.0),
+        ("train", None, 1010.0),
+        ("recover", None, 2010.0),
+        ("prune", {"method": "magnitude", "fraction": 0.5, "epochs": 0}, 1000.0),
+        ("prune", {"method": "magnitude", "fraction": 0.5, "epochs": 1}, 1010.0),
+        ("prune", {"method": "neuron", "fraction": 0.5, "epochs": 1, "schedule": "cubic"}, 2010.0),
+    ],
+    ids=["tune", "train", "recover", "one-shot", "zeros", "neurons little by little"],
+)
+def test_seconds_are_those_from_the_first_load_to_what_is_left_on_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teachers: dict[str, str], name: str, prune: dict[str, Any] | None, expected: float
+) -> None:
+    """A load takes 1,000 seconds here, a training 10."""
+    clock = Clock()
+
+    def trains(model: Any, tokenizer: Any, run: TrainingRun, *others: Any, **named: Any) -> Checkpoint:
+        assert run.began == 5000
+        clock.now += 10
+        models.save_model(model, tokenizer, run.text_format, run.folder / "model")
+        return checkpoint(clock.now - run.began)
+
+    def slow(load: Any) -> Any:
+        def loads(*arguments: Any, **named: Any) -> Any:
+            clock.now += 1000
+            return load(*arguments, **named)
+
+        return loads
+
+    monkeypatch.setattr(stage, "read_records", lambda folder, split: RECORDS)
+    for module, loader in ((tune, "load_model"), (stage, "load_student"), (recovering, "load_folder"), (pruning, "load_folder")):
+        monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(module, "train_checkpoint", trains)
+        monkeypatch.setattr(module, loader, slow(getattr(module, loader)))
+    monkeypatch.setattr(artifacts, "time", clock)
+    config, world = student(prune), World(0, 1, torch.device("cpu"))
+    inputs, source = stage.StudentInputs(TASK, Path(), RationalesConfig(), teachers["llama"]), Path(teachers["llama"]).parent
+    common: dict[str, Any] = {"seed": 0, "open_tracker": None}
+
+    def grids(model: PreTrainedModel) -> dict[str, Grid]:
+        return {name: Grid("signed", 4, 16) for name in matrices(model)}
+
+    if name == "tune":
+        teacher = TeacherConfig.model_validate({"source": "deepspeed", "model": {"from_scratch": "llama", **SMALL}, "tune": {}})
+        made = tune.run(teacher, TASK, tmp_path, world, solved=False, **common)
+    elif name == "train":
+        made = stage.run(config, config.loss, inputs, tmp_path, world, title="", **common)
+    elif name == "recover":
+        settings = RecoverConfig(epochs=1, loss=LossConfig())
+        made = recovering.run(config, settings, inputs, source, tmp_path, world, grids_of=grids, title="", **common)
+    else:
+        made = pruning.run(config, config.loss, inputs, checkpoint(77.0), source, tmp_path, world, **common)
+    assert made.seconds == expected

@@ -134,7 +134,6 @@ def test_its_seconds_are_those_of_all_starts_from_when_the_stage_began_to_load(t
     with pytest.raises(Stopped):
         trained(tiny(), started(), lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
     assert 2000 < trained(tiny(), started()).seconds < 3000
-    assert trained(tiny(), run(tmp_path / "new")).seconds < 1000
 
 
 # Patience

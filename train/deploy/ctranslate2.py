@@ -140,10 +140,10 @@ def _converter(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return FolderConverter(str(folder))
 
 
-def missing_library() -> str | None:
-    """What the engine lacks to multiply on the GPU that is here, which it finds out only when it first does; None without a GPU."""
+def lacks_for_gpu() -> str | None:
+    """What the engine lacks to multiply on a GPU here, of which it finds out only when it first does; None where it can."""
     if not ctranslate2.get_cuda_device_count():
-        return None
+        return "a GPU that its CUDA can use, of which it finds none: see nvidia-smi for the driver's version"
     try:
         ctypes.CDLL(_CUBLAS)
     except OSError:
@@ -152,15 +152,15 @@ def missing_library() -> str | None:
 
 
 def _usable(device: Device) -> Device:
-    """The device; of auto the CPU, where the engine cannot use the GPU.
+    """The device; of auto the one that the engine can use.
 
     Raises:
-        RuntimeError: if device is cuda and its library is missing.
+        RuntimeError: if device is cuda and it cannot.
     """
-    if device == "cpu" or not (missing := missing_library()):
+    if device == "cpu" or not (lacks := lacks_for_gpu()):
         return device
     if device == "cuda":
-        raise RuntimeError(f"device is cuda, but CTranslate2 needs {missing}, or choose device cpu")
+        raise RuntimeError(f"device is cuda, but CTranslate2 needs {lacks}, or choose device cpu")
     return "cpu"
 
 
@@ -187,11 +187,12 @@ class Ctranslate2Runtime(Tokens):
         self._tokens: list[str] = json.loads(vocabulary.read_text(encoding="utf-8"))
         self._ids = {token: i for i, token in enumerate(self._tokens)}
         engine = ctranslate2.Translator if self.family == "encoder_decoder" else ctranslate2.Generator
+        place = _usable(device)
         try:
-            self._engine = engine(str(folder), device=_usable(device), intra_threads=threads)
+            self._engine = engine(str(folder), device=place, intra_threads=threads)
         except RuntimeError as error:
             raise RuntimeError(
-                f"CTranslate2 cannot load {folder} on device {device!r} ({error}): run deploy again, or choose device cpu"
+                f"CTranslate2 cannot load {folder} on device {place!r} ({error}): run deploy again, or choose device cpu"
             ) from error
         self.device: str = self._engine.device
         self.compute_type: str = self._engine.compute_type

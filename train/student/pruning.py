@@ -74,7 +74,8 @@ def run(
     if not settings.epochs:
         prune(model, settings, samples, KEY)
         made = _saved(model, tokenizer, form, trained, folder, world)
-        return _measured(replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=time.monotonic() - began), folder, world)
+        made = replace(made, steps=0, best_step=0, validation={}, counts={}, seconds=0.0)
+        return _measured(made, folder, world).plus_since(began)
     own_seed = seed if config.seed is None else config.seed
     training = TrainingRun(rows, validation, form, recovering, loss, own_seed, folder, "recover from pruning", began=began)
     masks = masks_of(model, settings, samples, training.num_steps)
@@ -82,12 +83,13 @@ def run(
         prune(model, settings, samples, KEY)
     live = live_teacher(recovering, inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     made = train_checkpoint(model, tokenizer, replace(training, masks=masks), world, open_tracker, counts, live=live)
+    ended = time.monotonic()
     if masks is None or settings.makes_zeros:
-        return _measured(made, folder, world)
+        return _measured(made, folder, world).plus_since(ended)
     # What the masks have left of each neuron is 0, so that the same choice now finds those.
     smaller, tokenizer, form = load_folder(folder / "model", dtype=torch.float32)
     prune(smaller, settings, samples, KEY)
-    return _measured(_saved(smaller, tokenizer, form, made, folder, world), folder, world)
+    return _measured(_saved(smaller, tokenizer, form, made, folder, world), folder, world).plus_since(ended)
 
 
 def _measured(made: Checkpoint, folder: Path, world: World) -> Checkpoint:

@@ -72,6 +72,7 @@ def run(
     live = live_teacher(recovering, inputs, tokenizer, world) if loss.soft and loss.teacher == "live" else None
     with rounding(model, grids):
         made = train_checkpoint(model, tokenizer, training, world, open_tracker, counts, live=live)
+    ended = time.monotonic()
     error: Exception | None = None
     if world.is_main:
         try:
@@ -81,7 +82,7 @@ def run(
         except (OSError, RuntimeError) as caught:
             error = caught
     world.agree(error)
-    return made
+    return made.plus_since(ended)
 
 
 def recovery_loss(loss: LossConfig) -> LossConfig:
