@@ -14,10 +14,11 @@ from data.examples import TaskExample
 from data.records import TeacherRecord
 from data.soft_labels import AnswerDistribution, Sampled, SoftLabels, TopK
 from data.tasks import Task
-from train import artifacts, models
+from train import artifacts, models, trainer
 from train.artifacts import Checkpoint
-from train.config import LossConfig, RecoverConfig, ScratchModel, StudentConfig, TeacherConfig
+from train.config import LossConfig, RecoverConfig, ScratchModel, StudentConfig, TeacherConfig, TrainingConfig
 from train.grids import Grid, matrices
+from train.keepers import ModelFolders
 from train.student import pruning, recovering, stage
 from train.teacher import tune
 from train.tokenization import train_tokenizer
@@ -327,3 +328,20 @@ def test_seconds_are_those_from_the_first_load_to_what_is_left_on_disk(
     else:
         made = pruning.run(config, config.loss, inputs, checkpoint(77.0), source, tmp_path, world, **common)
     assert made.seconds == expected
+
+
+def test_seconds_hold_the_writing_of_the_best_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teachers: dict[str, str]) -> None:
+    clock = Clock()
+
+    def finishes(keeper: ModelFolders, step: int) -> None:
+        clock.now += 100
+        (keeper.folder / "model").mkdir()
+
+    monkeypatch.setattr(trainer, "train", lambda *others, **named: trainer.Trained(1, trainer.Best(), 7.0))
+    monkeypatch.setattr(ModelFolders, "finish", finishes)
+    for module in (trainer, artifacts):
+        monkeypatch.setattr(module, "time", clock)
+    model, tokenizer, form = models.load_folder(Path(teachers["llama"]), dtype=torch.float32)
+    run = TrainingRun([], [], form, TrainingConfig(epochs=1, batch_size=8, learning_rate=1e-3), LossConfig(), 0, tmp_path, "train")
+    made = trainer.train_checkpoint(model, tokenizer, run, World(0, 1, torch.device("cpu")), lambda step: None, {})  # type: ignore[arg-type, return-value]
+    assert made.seconds == 107
