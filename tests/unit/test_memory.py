@@ -304,9 +304,9 @@ def test_the_driver_counts_what_is_left_to_it() -> None:
 def named(row: dict[str, Any]) -> str:
     settings, seen = row["settings"], row["seen"]
     if row["kind"] == "decode":
-        return f"the teacher writes, `{settings['sharding']}`, {settings['batch']} at once"
+        return f"writes, `{settings['sharding']}`, {settings['batch']} at once"
     if row["kind"] == "score":
-        return f"the teacher scores, `{settings['sharding']}`, {seen['tokens']:,} tokens, {settings['format']}"
+        return f"scores, `{settings['sharding']}`, {seen['tokens']:,} tokens, {settings['format']}"
     config = settings["config"]
     knobs = {
         "LoRA": "lora" in config,
@@ -319,7 +319,7 @@ def named(row: dict[str, Any]) -> str:
         "compiled": config["compile"] == "layers",
         "compiled and recorded": config["compile"] == "graphs",
     }
-    forwards = f"{settings['forwards']} x {seen['tokens']:,} tokens"
+    forwards = f"{settings['forwards']} \N{MULTIPLICATION SIGN} {seen['tokens']:,}"
     return ", ".join([f"ZeRO-{config['zero_stage']}", *(name for name, on in knobs.items() if on), forwards])
 
 
