@@ -4,7 +4,7 @@ python -m tests.bench.deploy_quality --model TUNED --data DIR --out DIR [--recov
         [--vocabulary task]
 python -m tests.bench.deploy_quality --out DIR --show       the table of what is there
 
-TUNED is OUT/tuned/model of pruning_quality.py, DIR holds what that one reads; RECOVERED/TARGET is a folder that few_bits.py left (OUT of
+TUNED is OUT/tuned/rounded of pruning_quality.py, DIR holds what that one reads; RECOVERED/TARGET is a folder that few_bits.py left (OUT of
 that one, its learning rate cut from the name). Files are made and verified as the stage `deploy` does, and answered as the stage
 `evaluate` does, on --threads of the CPU (1); where there is a GPU, what transformers serves is answered there, in fp32. The divergence is
 that of the probabilities of the five choices, the fp32 model's from the file's. Every row is a folder of OUT: the same command goes on

@@ -4,11 +4,11 @@ python -m tests.bench.few_bits --model TUNED --data DIR --out DIR [--cells w2a16
 python -m tests.bench.few_bits --out DIR --show       the table of what is there
 python -m tests.bench.few_bits --model TUNED --data DIR --out DIR --tiny       two of its layers and a few rows on a CPU: does it run
 
-TUNED is OUT/tuned/model of pruning_quality.py, DIR holds what that one reads. The blocks of ternary and binary GGUF need rows that 256 and
-128 divide: for those the model is widened with zeros, 576 to 768, which changes nothing that it computes. A cell is a target and a learning
-rate. It rounds as the stage `recover` does, and leaves its model (OUT/TARGET-RATE) as that stage does, so that `stepdown quantize` makes
-of it the file to ship. Answers are counted with the weights that stand on the grid, in bf16 on a GPU. Every cell is a file of OUT: the same
-command goes on where it was stopped, and several share the work.
+TUNED is OUT/tuned/rounded of pruning_quality.py, DIR holds what that one reads. The blocks of ternary and binary GGUF need rows that 256
+and 128 divide: for those the model is widened with zeros, 576 to 768, which changes nothing that it computes. A cell is a target and a
+learning rate. It rounds as the stage `recover` does, and leaves its model (OUT/TARGET-RATE) as that stage does, so that `stepdown
+quantize` makes of it the file to ship. Answers are counted with the weights that stand on the grid, in bf16 on a GPU. Every cell is a file
+of OUT: the same command goes on where it was stopped, and several share the work.
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ def loaded(options: argparse.Namespace, source: str = SOURCE) -> tuple[PreTraine
 
 
 def tuned_model(options: argparse.Namespace, model: PreTrainedModel, data: Data, world: World) -> PreTrainedModel:
-    """The model tuned on the task, made by the first process that asks."""
+    """The model tuned on the task, made by the first process that asks; beside it `rounded`, its weights in the digits of bf16."""
     folder = options.out / "tuned"
     with claimed(folder / "answers.json", wait=True) as mine:
         if mine:
@@ -274,6 +274,8 @@ def tuned_model(options: argparse.Namespace, model: PreTrainedModel, data: Data,
             set_weights(model, keeper.best)
             right = right_answers(model, data, world)
             save_model(model, data.tokenizer, data.form, folder / "model", state_dict=keeper.best)
+            in_bf16 = {name: weight.to(torch.bfloat16).float() for name, weight in keeper.best.items()}
+            save_model(model, data.tokenizer, data.form, folder / "rounded", state_dict=in_bf16)
             found = {"right": right, "exact_match": trained.best.exact_match, "parameters": num_parameters(model)}
             (folder / "answers.json").write_text(json.dumps(found))
             print(f"tuned: {share(right):.1%} on test, {trained.seconds:.1f} s", flush=True)
