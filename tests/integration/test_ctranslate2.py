@@ -336,6 +336,12 @@ def test_a_damaged_file_ends_in_one_line(student: Student, task_folder: Path, re
     assert not (tmp_path / "out" / "artifact.json").exists()
 
 
+def test_a_gpu_that_cannot_be_used_is_no_fault_of_the_file(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match=r"\Adevice is cuda, but CTranslate2 needs a GPU .*, or choose device cpu\Z"):
+        Ctranslate2Runtime(student.model("ctranslate2-int8"), device="cuda")
+
+
 def test_a_folder_without_weights_is_refused(student: Student, tmp_path: Path) -> None:
     (tmp_path / "stepdown.json").write_text(student.model().joinpath("stepdown.json").read_text())
     with pytest.raises(ValueError, match=r"is not a CTranslate2 model \(it needs model.bin and a vocabulary\): run deploy"):
